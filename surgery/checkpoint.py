@@ -1,0 +1,286 @@
+"""The bytes of a checkpoint: which tensor lies where in which file, read from headers alone.
+
+Nothing here loads a tensor that was not asked for, and nothing imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from surgery import dtypes
+from surgery.errors import BadCheckpoint, Unsupported
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# The safetensors reference implementation refuses headers above this size.
+LARGEST_HEADER = 100_000_000
+LARGEST_JSON = 256 * 1024 * 1024
+
+# A second copy of the weights in another container would silently stay unedited.
+_OTHER_WEIGHTS = re.compile(
+    r"(\.(bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|tflite|mlmodel|nemo|safetensors)$)"
+    r"|(\.index\.json$)|(^(pytorch_model|consolidated|tf_model|flax_model)\b)"
+)
+_OTHER_FOLDERS = ("original", "onnx", "openvino", "coreml", "gguf", ".cache", ".git")
+# Side files that merely look like weights: training_args.bin and the like hold no weights.
+_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor: its name, safetensors dtype, shape, and byte range in its file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint came from, precise enough to fetch the same bytes again.
+
+    kind: "directory", "hub", "gguf" or "bin"; name: what a person calls it (a Hub id, a folder's
+    name); commit: the Hub's commit; typed: the source as the user gave it; sha256: of the file
+    behind a GGUF source.
+    """
+
+    kind: str
+    name: str
+    typed: str
+    commit: str | None = None
+    sha256: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, described from its headers."""
+
+    folder: Path
+    origin: Origin
+    config: Mapping[str, Any]
+    weight_files: tuple[str, ...]
+    tensors: Mapping[str, TensorEntry]
+    side_files: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+    file_sizes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.get("model_type", "unknown"))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weight files."""
+        return sum(self.file_sizes[name] for name in self.weight_files)
+
+    def read(self, name: str) -> NDArray:
+        """A tensor in its stored format, shape as stored.
+
+        Raises Unsupported for integer and sub-byte formats, BadCheckpoint for a file that is
+        shorter than its header says.
+        """
+        entry = self.tensors[name]
+        if not dtypes.is_float(entry.dtype):
+            raise Unsupported(
+                f"The tensor {name} is stored as {entry.dtype}, which holds quantised values; "
+                "convert the unquantised checkpoint instead."
+            )
+        return dtypes.decode(read_bytes(self.folder / entry.file, entry), entry.dtype, entry.shape)
+
+
+def read_bytes(path: Path, entry: TensorEntry) -> bytes:
+    """The stored bytes of one tensor."""
+    with open(path, "rb") as file:
+        file.seek(entry.begin)
+        raw = file.read(entry.size)
+    if len(raw) != entry.size:
+        raise BadCheckpoint(f"{path} ends in the middle of the tensor {entry.name}; fetch it again.")
+    return raw
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or one sentence about why not."""
+    try:
+        if path.stat().st_size > LARGEST_JSON:
+            raise BadCheckpoint(f"{path} is too large to be a JSON side file.")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{path} is not readable as JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise BadCheckpoint(f"{path} holds no JSON object.")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in table:
+            raise ValueError(f"the name {key!r} appears twice")
+        table[key] = value
+    return table
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Every tensor of one safetensors file, in the order of their bytes.
+
+    Checks all that a header can promise: length, dtypes, shapes against byte ranges, ranges that
+    neither overlap nor leave gaps, and a file exactly as long as they say.
+    """
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            if not 2 <= length <= min(LARGEST_HEADER, size - 8):
+                raise BadCheckpoint(
+                    f"{path} has no valid safetensors header; it is truncated or not safetensors."
+                )
+            raw = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
+    except OSError as error:
+        raise BadCheckpoint(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise BadCheckpoint(f"{path} has a damaged safetensors header: {error}.") from error
+    if not isinstance(raw, dict):
+        raise BadCheckpoint(f"{path} has a safetensors header that is no JSON object.")
+    raw.pop("__metadata__", None)
+    entries = [_entry(path, name, fields, 8 + length) for name, fields in raw.items()]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    position = 8 + length
+    for entry in entries:
+        if entry.begin != position:
+            raise BadCheckpoint(f"{path}: the bytes of {entry.name} overlap or leave a gap.")
+        position = entry.end
+    if position != size:
+        raise BadCheckpoint(
+            f"{path} has {size} bytes and its header describes {position}; fetch the file again."
+        )
+    return {entry.name: entry for entry in entries}
+
+
+def _entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
+    try:
+        dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
+        numbers = [*shape, begin, end]
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise TypeError
+        bits = dtypes.BITS[dtype]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadCheckpoint(f"{path}: the header's entry for {name!r} is malformed.") from error
+    if math.prod(shape) * bits != (end - begin) * 8:
+        raise BadCheckpoint(f"{path}: the shape and the byte range of {name} disagree.")
+    return TensorEntry(name, dtype, tuple(shape), path.name, start + begin, start + end)
+
+
+def open_checkpoint(folder: Path, origin: Origin) -> Checkpoint:
+    """Describe the safetensors checkpoint in a folder.
+
+    Raises BadCheckpoint when a file is missing, truncated or disagrees with the index.
+    """
+    if not folder.is_dir():
+        raise BadCheckpoint(f"{folder} is not a directory.")
+    if not (folder / "config.json").is_file():
+        raise BadCheckpoint(
+            f"{folder} has no config.json, so it is not a Hugging Face checkpoint; "
+            "give a folder or a Hub id that holds one."
+        )
+    config = read_json(folder / "config.json")
+    weight_files, weight_map = _weight_files(folder)
+    tensors: dict[str, TensorEntry] = {}
+    sizes: dict[str, int] = {}
+    for name in weight_files:
+        path = folder / name
+        if not path.is_file():
+            raise BadCheckpoint(f"The shard {name} is missing from {folder}; fetch it again.")
+        header = read_header(path)
+        sizes[name] = path.stat().st_size
+        for tensor in header:
+            if tensor in tensors:
+                raise BadCheckpoint(f"{tensor} is stored both in {tensors[tensor].file} and {name}.")
+        tensors |= header
+    if weight_map is not None:
+        _compare_index(weight_map, tensors)
+    side_files, left_out = _other_files(folder, set(weight_files))
+    for name in side_files:
+        sizes[name] = (folder / name).stat().st_size
+    return Checkpoint(
+        folder, origin, config, weight_files, tensors, side_files, left_out, sizes
+    )
+
+
+def _weight_files(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
+    index = folder / INDEX
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise BadCheckpoint(f"{index} has no weight_map.")
+        for name in weight_map.values():
+            if not isinstance(name, str) or name != os.path.basename(name) or not name:
+                raise BadCheckpoint(
+                    f"{index} names the file {name!r}, which is not a plain file name beside it."
+                )
+        return tuple(sorted(set(weight_map.values()))), weight_map
+    if (folder / SINGLE).is_file():
+        return (SINGLE,), None
+    shards = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
+    if shards:
+        raise BadCheckpoint(f"{folder} has shards but no {INDEX}; fetch the index too.")
+    raise BadCheckpoint(f"{folder} holds no {SINGLE} and no {INDEX}.")
+
+
+def _compare_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:
+    for name, file in weight_map.items():
+        entry = tensors.get(name)
+        if entry is None:
+            raise BadCheckpoint(f"The index places {name} in {file}, whose header lacks it.")
+        if entry.file != file:
+            raise BadCheckpoint(f"The index places {name} in {file}, but it lies in {entry.file}.")
+    extra = next((name for name in tensors if name not in weight_map), None)
+    if extra is not None:
+        raise BadCheckpoint(f"{extra} lies in {tensors[extra].file} but the index omits it.")
+
+
+def _other_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Side files to carry, and files to leave behind because they repeat the weights."""
+    kept: list[str] = []
+    left: list[str] = []
+    for name in _walk(folder):
+        top = name.split("/", 1)[0]
+        base = name.rsplit("/", 1)[-1]
+        if name in weights:
+            continue
+        if name == INDEX:
+            kept.append(name)
+        elif top in _OTHER_FOLDERS and "/" in name:
+            if not top.startswith("."):
+                left.append(name)
+        elif _OTHER_WEIGHTS.search(base) and base not in _NOT_WEIGHTS:
+            left.append(name)
+        else:
+            kept.append(name)
+    return tuple(kept), tuple(left)
+
+
+def _walk(folder: Path) -> Iterable[str]:
+    for root, directories, files in os.walk(folder):
+        directories.sort()
+        for file in sorted(files):
+            yield (Path(root) / file).relative_to(folder).as_posix()

@@ -1,0 +1,133 @@
+"""Loading models and tokenizers through transformers, quietly and on the right device."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.errors import BadCheckpoint, BadSettings
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device to analyse on: the given one, else CUDA where it is, else the CPU."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0] if str(error) else "unavailable"
+        raise BadSettings(f"The device {name!r} cannot be used: {first}") from error
+    return device
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' own progress bars and warnings off, for the time of the block."""
+    from transformers.utils import logging as library
+
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+        library.set_verbosity(level)
+        if bars:
+            library.enable_progress_bar()
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The causal LM in a folder, in evaluation mode.
+
+    Raises BadCheckpoint when transformers cannot load it or finds weights missing.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    refuse_remote_code(folder, trust_remote_code)
+    with quiet():
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                local_files_only=True,
+            )
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise BadCheckpoint(f"transformers cannot load {folder}: {first}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise BadCheckpoint(f"{folder} lacks weights the model needs, such as {missing[0]}.")
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def refuse_remote_code(folder: Path, trusted: bool) -> None:
+    """Raise BadSettings for a checkpoint that brings its own code, unless it was asked for."""
+    from surgery.checkpoint import read_json
+
+    if "auto_map" in read_json(folder / "config.json") and not trusted:
+        raise BadSettings(
+            f"{folder} brings its own Python code (auto_map), which would run on this machine; "
+            "read it, and give --trust-remote-code if you trust it."
+        )
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder; BadCheckpoint when there is none that loads."""
+    from transformers import AutoTokenizer
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise BadCheckpoint(f"The tokenizer in {folder} cannot be loaded: {first}") from error
+
+
+def require_finite(model: Any) -> None:
+    """Raise BadCheckpoint where a loaded weight is not a finite number."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise BadCheckpoint(
+                f"{name} holds values that are not finite; the checkpoint is damaged."
+            )
+
+
+def longest_context(config: Any, wanted: int) -> int:
+    """`wanted`, or less where the model takes fewer positions."""
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return min(wanted, value)
+    return wanted

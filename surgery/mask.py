@@ -1,0 +1,86 @@
+"""Which dimensions of the attention input are masked: the mask set S of each target layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.errors import BadSettings
+
+SELECTIONS = ("weight", "activation", "random")
+SCOPES = ("first", "all")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The mask of the paper's eq. 4 and 5, by target layer.
+
+    dimensions: layer index to the ascending indices of S. strength: γ in x[S] *= 1 - γ.
+    """
+
+    hidden_size: int
+    select: str
+    strength: float
+    dimensions: Mapping[int, tuple[int, ...]]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Target layers, ascending."""
+        return tuple(sorted(self.dimensions))
+
+
+def mask_size(rate: float, hidden_size: int) -> int:
+    """k = int(rate * D).
+
+    Raises BadSettings for a rate outside (0, 1) and for one that masks nothing.
+    """
+    if not 0.0 < rate < 1.0:
+        raise BadSettings(f"--rate must lie between 0 and 1 (both excluded); {rate} does not.")
+    size = int(rate * hidden_size)
+    if size == 0:
+        raise BadSettings(
+            f"--rate {rate} masks no dimension of a hidden size of {hidden_size}; "
+            f"use at least {1 / hidden_size:.2g}."
+        )
+    return size
+
+
+def check_strength(strength: float) -> None:
+    """Raise BadSettings unless 0 <= strength <= 1."""
+    if not 0.0 <= strength <= 1.0:
+        raise BadSettings(f"--strength must lie between 0 and 1; {strength} does not.")
+
+
+def largest(scores: NDArray[np.floating], size: int) -> tuple[int, ...]:
+    """Ascending indices of the `size` largest of |scores|; ties go to the lower index.
+
+    Raises BadSettings where a score is not a number.
+    """
+    magnitude = np.abs(np.asarray(scores, dtype=np.float64))
+    if np.isnan(magnitude).any():
+        raise BadSettings("The scores to select dimensions by contain NaN.")
+    order = np.argsort(-magnitude, kind="stable")[:size]
+    return tuple(sorted(int(index) for index in order))
+
+
+def random_dimensions(hidden_size: int, size: int, seed: int, layer: int) -> tuple[int, ...]:
+    """Ascending indices of a random S (Appendix E's control), fixed by seed and layer alone."""
+    generator = np.random.Generator(np.random.PCG64([seed, layer]))
+    return tuple(sorted(int(i) for i in generator.choice(hidden_size, size, replace=False)))
+
+
+def target_layers(emergence_layer: int, depth: int, scope: str) -> tuple[int, ...]:
+    """Layers whose attention reads the massive activation: m + 1 alone, or all from m + 1 on.
+
+    Raises BadSettings when no layer follows the emergence layer.
+    """
+    if not 0 <= emergence_layer < depth - 1:
+        raise BadSettings(
+            f"The emergence layer {emergence_layer} leaves no later layer to mask in a model with "
+            f"layers 0 to {depth - 1}."
+        )
+    last = depth if scope == "all" else emergence_layer + 2
+    return tuple(range(emergence_layer + 1, last))

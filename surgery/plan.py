@@ -1,0 +1,175 @@
+"""What will be written, decided from headers alone before the first byte moves."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.anatomy import is_editable
+from surgery.checkpoint import Checkpoint
+from surgery.errors import BadCheckpoint, BadSettings, Unsupported
+from surgery.fold import Edit
+
+MANIFEST = "surgery.json"
+CARD = "README.md"
+FIGURE = "surgery_layers.png"
+# Room for the card, the manifest and the figure.
+_MARGIN = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One file of the output: copied as it is, or copied and patched by `edits`."""
+
+    name: str
+    size: int
+    edits: tuple[Edit, ...] = ()
+
+    @property
+    def action(self) -> str:
+        return "patch" if self.edits else "copy"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `surgery.write` will do."""
+
+    checkpoint: Checkpoint
+    output: Path
+    files: tuple[FilePlan, ...]
+    edits: tuple[Edit, ...]
+    overwrite: bool
+
+    @property
+    def bytes_written(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def bytes_edited(self) -> int:
+        """Bytes of the tensors that change."""
+        return sum(self.checkpoint.tensors[edit.tensor].size for edit in self.edits)
+
+    def summary(self) -> dict[str, Any]:
+        """The plan as data: what `--dry-run --json` prints."""
+        return {
+            "source": str(self.checkpoint.folder),
+            "output": str(self.output),
+            "bytes_written": self.bytes_written,
+            "bytes_edited": self.bytes_edited,
+            "tensors_total": len(self.checkpoint.tensors),
+            "tensors_edited": [
+                {
+                    "tensor": edit.tensor,
+                    "layer": edit.layer,
+                    "kind": edit.kind,
+                    "dtype": self.checkpoint.tensors[edit.tensor].dtype,
+                    "shape": list(self.checkpoint.tensors[edit.tensor].shape),
+                    "file": self.checkpoint.tensors[edit.tensor].file,
+                    "dimensions": len(edit.dimensions),
+                }
+                for edit in self.edits
+            ],
+            "files": [
+                {"name": file.name, "bytes": file.size, "action": file.action}
+                for file in self.files
+            ],
+            "generated": [CARD, MANIFEST],
+            "left_out": list(self.checkpoint.left_out),
+        }
+
+
+def make_plan(
+    checkpoint: Checkpoint, edits: tuple[Edit, ...], output: Path, *, overwrite: bool = False
+) -> Plan:
+    """Decide every file of the output and check all that can be checked.
+
+    Raises BadSettings for an output that exists or is the source, Unsupported for a tensor in a
+    format that cannot be edited, BadCheckpoint for edits the headers contradict, and BadSettings
+    when the disk is too small.
+    """
+    by_file = _edits_by_file(checkpoint, edits)
+    names = (*checkpoint.weight_files, *checkpoint.side_files)
+    files = tuple(
+        FilePlan(name, checkpoint.file_sizes[name], by_file.get(name, ()))
+        for name in names
+        if name not in (CARD, MANIFEST, FIGURE)
+    )
+    plan = Plan(checkpoint, Path(os.path.abspath(output)), files, edits, overwrite)
+    check_output(plan.checkpoint.folder, plan.output, overwrite=overwrite)
+    _check_space(plan)
+    return plan
+
+
+def _edits_by_file(
+    checkpoint: Checkpoint, edits: tuple[Edit, ...]
+) -> Mapping[str, tuple[Edit, ...]]:
+    by_file: dict[str, tuple[Edit, ...]] = {}
+    seen: set[str] = set()
+    for edit in edits:
+        entry = checkpoint.tensors.get(edit.tensor)
+        if entry is None:
+            raise BadCheckpoint(f"The checkpoint has no tensor {edit.tensor} to edit.")
+        if edit.tensor in seen:
+            raise BadCheckpoint(f"{edit.tensor} would be edited twice.")
+        seen.add(edit.tensor)
+        if not is_editable(checkpoint, edit.tensor):
+            raise Unsupported(
+                f"{edit.tensor} is stored as {entry.dtype}, which cannot be edited; convert the "
+                "unquantised checkpoint."
+            )
+        axis = edit.axis if edit.kind in ("columns", "rank_one") else 0
+        if len(entry.shape) <= axis or max(edit.dimensions) >= entry.shape[axis]:
+            raise BadCheckpoint(
+                f"{edit.tensor} has shape {list(entry.shape)}, too small for the mask."
+            )
+        by_file[entry.file] = (*by_file.get(entry.file, ()), edit)
+    return by_file
+
+
+def check_output(source: Path, output: Path, *, overwrite: bool) -> None:
+    """Raise BadSettings unless `output` may be created; nothing is touched."""
+    real_source, real_output = source.resolve(), output.resolve()
+    if real_output == real_source:
+        raise BadSettings("The output is the source itself; choose another --output.")
+    if real_source in real_output.parents or real_output in real_source.parents:
+        raise BadSettings(
+            f"The output {output} and the source {source} lie inside one another; "
+            "choose an --output elsewhere."
+        )
+    if os.path.lexists(output):
+        if not overwrite:
+            raise BadSettings(f"{output} exists already; give --overwrite or another --output.")
+        if not output.is_dir() or output.is_symlink():
+            raise BadSettings(f"{output} is not a directory, so it will not be overwritten.")
+        if any(output.iterdir()) and not (output / MANIFEST).is_file():
+            raise BadSettings(
+                f"{output} holds files that surgery did not write (no {MANIFEST}), so it will not "
+                "be overwritten; remove it yourself or choose another --output."
+            )
+    parent = existing_parent(output)
+    if not parent.is_dir():
+        raise BadSettings(f"{parent} is not a directory; choose another --output.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise BadSettings(f"{parent} is not writable; choose another --output.")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest ancestor that exists."""
+    parent = path.parent
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    return parent
+
+
+def _check_space(plan: Plan) -> None:
+    need = plan.bytes_written + _MARGIN
+    free = shutil.disk_usage(existing_parent(plan.output)).free
+    if free < need:
+        raise BadSettings(
+            f"Writing needs {need / 1e9:.2f} GB and {existing_parent(plan.output)} has "
+            f"{free / 1e9:.2f} GB free; choose an --output on a larger disk."
+        )

@@ -1,0 +1,116 @@
+"""The texts a model is observed, calibrated and measured on, and their tokens.
+
+The bundled texts were written for this project; `calibration` is for locating and for the sink
+direction, `heldout` for measuring.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import BadSettings
+
+FOLDER = Path(__file__).parent / "data"
+# The first lines of the bundled calibration text are one prompt of each kind, from about ten to
+# over a thousand tokens (Appendix D).
+LOCATING_PROMPTS = 8
+# Tokens of context in calibration and measurement.
+WINDOW = 256
+# Longest prompt when locating.
+LONGEST_PROMPT = 2048
+# Shorter remainders of a text say little about a model.
+SHORTEST = 8
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and what kind it is."""
+
+    kind: str
+    text: str
+
+
+def bundled(name: str) -> list[Text]:
+    """The bundled texts "calibration" or "heldout"."""
+    return read_texts(FOLDER / f"{name}.jsonl")
+
+
+def read_texts(path: Path) -> list[Text]:
+    """Texts from a JSONL file ("text", or "messages" with "content") or a plain text file.
+
+    Raises BadSettings for a file without usable text.
+    """
+    try:
+        raw = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadSettings(f"The text file {path} cannot be read: {error}.") from error
+    if path.suffix in (".jsonl", ".json"):
+        texts = [_from_line(path, number, line) for number, line in _lines(raw)]
+    else:
+        texts = [Text("text", raw)]
+    texts = [text for text in texts if text.text.strip()]
+    if not texts:
+        raise BadSettings(f"The text file {path} holds no text.")
+    return texts
+
+
+def _lines(raw: str) -> list[tuple[int, str]]:
+    lines = raw.splitlines()
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _from_line(path: Path, number: int, line: str) -> Text:
+    try:
+        row: Any = json.loads(line)
+        kind = str(row.get("kind", "text"))
+        if "text" in row:
+            return Text(kind, str(row["text"]))
+        return Text(kind, "\n".join(str(turn["content"]) for turn in row["messages"]))
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise BadSettings(
+            f'{path}, line {number}: expected a JSON object with "text" or "messages".'
+        ) from error
+
+
+def encode(tokenizer: Any, texts: Sequence[Text], longest: int) -> list[list[int]]:
+    """Each text's tokens, with the tokenizer's special tokens, cut to `longest`."""
+    return [tokenizer(text.text)["input_ids"][:longest] for text in texts]
+
+
+def windows(
+    tokenizer: Any, texts: Sequence[Text], length: int = WINDOW, limit: int | None = None
+) -> list[list[int]]:
+    """Texts cut into sequences of at most `length` tokens, each with the usual first token.
+
+    Whatever the tokenizer puts in front (a BOS, in many models the sink) stands in front of every
+    sequence, so that each one looks like the beginning of a prompt. limit: stop after so many
+    tokens, at least one sequence.
+    """
+    found: list[list[int]] = []
+    total = 0
+    for text in texts:
+        plain = tokenizer(text.text, add_special_tokens=False)["input_ids"]
+        prefix = _prefix(tokenizer(text.text)["input_ids"], plain)
+        step = length - len(prefix)
+        for start in range(0, len(plain), step):
+            part = plain[start : start + step]
+            if len(part) < SHORTEST:
+                continue
+            found.append([*prefix, *part])
+            total += len(found[-1])
+            if limit is not None and total >= limit:
+                return found
+    if not found:
+        raise BadSettings("The texts are too short to measure anything on.")
+    return found
+
+
+def _prefix(full: list[int], plain: list[int]) -> list[int]:
+    for start in range(len(full) - len(plain) + 1):
+        if full[start : start + len(plain)] == plain:
+            return full[:start]
+    return []

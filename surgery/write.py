@@ -1,0 +1,326 @@
+"""Writing a plan: copy, patch in place, hash, and appear under the final name only when whole.
+
+Memory is bounded by one block of one edited tensor, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery import dtypes
+from surgery.checkpoint import Checkpoint, TensorEntry
+from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
+from surgery.fold import Edit
+from surgery.plan import FilePlan, Plan, check_output
+
+# One step of copying. Small enough that hashing, which follows a step behind, finds the bytes in
+# cache; large enough that the system calls do not count.
+STEP = 8 * 1024 * 1024
+_READ = 1024 * 1024
+_FICLONE = 0x40049409  # Linux: share the extents of another file (reflink)
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """One written file: sha256 of its bytes, and of the source's where they differ."""
+
+    name: str
+    size: int
+    sha256: str
+    source_sha256: str
+
+
+def copy_plan(plan: Plan, folder: Path, progress: Progress = lambda _bytes: None) -> list[Written]:
+    """Write every file of a plan into `folder`, in the plan's order.
+
+    Copying and hashing overlap. Raises BadCheckpoint when the source changes underneath or holds
+    values that are not finite in an edited tensor.
+    """
+    ordered = sorted(plan.files, key=lambda file: -file.size)
+    workers = max(2, min(4, os.cpu_count() or 2))
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {
+            file.name: pool.submit(_write_file, plan.checkpoint, file, folder, progress)
+            for file in ordered
+        }
+        try:
+            return [futures[file.name].result() for file in plan.files]
+        except BaseException:
+            for future in futures.values():
+                future.cancel()
+            raise
+
+
+def _write_file(
+    checkpoint: Checkpoint, file: FilePlan, folder: Path, progress: Progress
+) -> Written:
+    source, target = checkpoint.folder / file.name, folder / file.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb") as reader, open(target, "xb+") as writer:
+        size = os.fstat(reader.fileno()).st_size
+        if size != file.size:
+            raise BadCheckpoint(f"{source} changed while it was read; run the conversion again.")
+        patches = _Patches(checkpoint, file.edits)
+        ready = _Watermark()
+        hasher = _Hasher(reader.fileno(), writer.fileno(), size, patches.first, ready, progress)
+        hasher.start()
+        try:
+            _copy(reader.fileno(), writer.fileno(), size, patches, ready)
+        except BaseException as error:
+            ready.fail(error)
+            raise
+        finally:
+            hasher.join()
+        if hasher.error is not None:
+            raise hasher.error
+        os.fsync(writer.fileno())
+    return Written(file.name, size, hasher.written, hasher.source)
+
+
+class _Watermark:
+    """How many bytes of a file have their final value; hashing waits for it."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._position = 0
+        self._failed = False
+
+    def advance(self, position: int) -> None:
+        with self._condition:
+            self._position = position
+            self._condition.notify_all()
+
+    def fail(self, error: BaseException) -> None:
+        with self._condition:
+            self._failed = True
+            self._condition.notify_all()
+
+    def wait_beyond(self, position: int) -> int | None:
+        """The watermark once it exceeds `position`; None when copying failed."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._failed or self._position > position)
+            return None if self._failed else self._position
+
+
+class _Hasher(threading.Thread):
+    """sha256 of the written file, and of the source from the first patch on."""
+
+    def __init__(
+        self,
+        reader: int,
+        writer: int,
+        size: int,
+        first_patch: int,
+        ready: _Watermark,
+        progress: Progress,
+    ) -> None:
+        super().__init__(daemon=True)
+        self._reader, self._writer, self._size = reader, writer, size
+        self._first_patch, self._ready, self._progress = first_patch, ready, progress
+        self.error: BaseException | None = None
+        self.written = self.source = ""
+
+    def run(self) -> None:
+        try:
+            self._hash()
+        except BaseException as error:
+            self.error = error
+
+    def _hash(self) -> None:
+        common, position = hashlib.sha256(), 0
+        original = None
+        buffer = bytearray(_READ)
+        view = memoryview(buffer)
+        available: int | None = 0
+        while position < self._size:
+            if available is not None and position >= available:
+                available = self._ready.wait_beyond(position)
+            if available is None:
+                return
+            end = min(position + _READ, available)
+            if original is None and position < self._first_patch:
+                end = min(end, self._first_patch)
+            elif original is None:
+                original = common.copy()  # both files are equal up to the first patch
+            part = view[: end - position]
+            _read_exactly(self._writer, part, position)
+            common.update(part)
+            if original is not None:
+                _read_exactly(self._reader, part, position)
+                original.update(part)
+            self._progress(end - position)
+            position = end
+        self.written = common.hexdigest()
+        self.source = original.hexdigest() if original is not None else self.written
+
+
+def _read_exactly(descriptor: int, view: memoryview, position: int) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], position + done)
+        if count == 0:
+            raise BadCheckpoint("A file became shorter while it was read; run the conversion again.")
+        done += count
+
+
+class _Patches:
+    """The edited tensors of one file, applied once the copy has passed them."""
+
+    def __init__(self, checkpoint: Checkpoint, edits: tuple[Edit, ...]) -> None:
+        entries = [(checkpoint.tensors[edit.tensor], edit) for edit in edits]
+        self._pending = sorted(entries, key=lambda pair: pair[0].begin)
+        self.first = self._pending[0][0].begin if self._pending else 2**63
+
+    def apply(self, reader: int, writer: int, copied: int) -> int:
+        """Patch every tensor that lies wholly below `copied`; returns how much is final."""
+        while self._pending and self._pending[0][0].end <= copied:
+            entry, edit = self._pending.pop(0)
+            for position, raw in edited_blocks(reader, entry, edit):
+                _write_exactly(writer, raw, position)
+        return min([copied, *(entry.begin for entry, _ in self._pending[:1])])
+
+
+def edited_blocks(reader: int, entry: TensorEntry, edit: Edit) -> Iterator[tuple[int, memoryview]]:
+    """Offsets and bytes of an edited tensor, computed from the source file's descriptor.
+
+    Raises BadCheckpoint where the tensor holds values that are not finite.
+    """
+    width = entry.size // max(1, entry.shape[0])
+
+    def read(block: slice) -> NDArray:
+        raw = bytearray((block.stop - block.start) * width)
+        _read_exactly(reader, memoryview(raw), entry.begin + block.start * width)
+        rows = dtypes.decode(raw, entry.dtype, (block.stop - block.start, *entry.shape[1:]))
+        if not np.isfinite(rows.astype(np.float32)).all():
+            raise BadCheckpoint(
+                f"{entry.name} holds values that are not finite; the checkpoint is damaged."
+            )
+        return rows
+
+    for block, rows in edit.blocks(entry.shape, entry.dtype, read):
+        if not np.isfinite(rows.astype(np.float32)).all():
+            raise BadCheckpoint(f"The edit of {entry.name} does not fit into {entry.dtype}.")
+        raw = np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
+        yield entry.begin + block.start * width, memoryview(raw)
+
+
+def _write_exactly(descriptor: int, raw: memoryview, position: int) -> None:
+    done = 0
+    while done < len(raw):
+        done += os.pwrite(descriptor, raw[done:], position + done)
+
+
+def _copy(reader: int, writer: int, size: int, patches: _Patches, ready: _Watermark) -> None:
+    if _reflink(reader, writer):
+        ready.advance(patches.apply(reader, writer, size))
+        return
+    position = 0
+    copier = _copy_range
+    while position < size:
+        count = min(STEP, size - position)
+        try:
+            moved = copier(reader, writer, count, position)
+        except OSError as error:
+            unsupported = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+            if copier is _copy_read or error.errno not in unsupported:
+                raise
+            copier = _copy_read
+            continue
+        if moved == 0:
+            raise BadCheckpoint("The source became shorter while it was read; run it again.")
+        position += moved
+        ready.advance(patches.apply(reader, writer, position))
+
+
+def _reflink(reader: int, writer: int) -> bool:
+    try:
+        fcntl.ioctl(writer, _FICLONE, reader)
+    except OSError:
+        return False
+    return True
+
+
+def _copy_range(reader: int, writer: int, count: int, position: int) -> int:
+    if not hasattr(os, "copy_file_range"):
+        raise OSError(errno.ENOSYS, "copy_file_range")
+    return os.copy_file_range(reader, writer, count, position, position)
+
+
+def _copy_read(reader: int, writer: int, count: int, position: int) -> int:
+    raw = os.pread(reader, count, position)
+    _write_exactly(writer, memoryview(raw), position)
+    return len(raw)
+
+
+@contextmanager
+def staging(output: Path, source: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling of `output` that becomes `output` when the block ends well.
+
+    On any error the sibling is removed and `output` stays what it was.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        folder.chmod(0o777 & ~umask)
+        yield folder
+        _sync_tree(folder)
+        check_output(source, output, overwrite=overwrite)
+        _rename(folder, output)
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise BadSettings(f"Writing {output} failed: {error.strerror or error}.") from error
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _rename(folder: Path, output: Path) -> None:
+    if not os.path.lexists(output):
+        os.rename(folder, output)
+    else:
+        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
+        os.rename(output, old)
+        try:
+            os.rename(folder, output)
+        except OSError as error:
+            os.rename(old, output)
+            raise SurgeryError(f"{output} could not be replaced: {error.strerror}.") from error
+        shutil.rmtree(old)
+    _sync_folder(output.parent)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _directories, files in os.walk(folder):
+        for name in files:
+            descriptor = os.open(Path(root) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        _sync_folder(Path(root))
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
