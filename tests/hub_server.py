@@ -14,9 +14,9 @@ Rules that match the real Hub and are easy to trip over:
 
 There is no Xet storage. Downloads need nothing special for that, but huggingface_hub 2.x uploads
 through Xet whenever `hf_xet` is installed, without asking the server. `HubServer.env` has the
-`HF_HUB_DISABLE_XET=1` that prevents it in a subprocess, and `HubServer.constants` its equivalent
-inside a process. The latter is also how huggingface_hub 0.36, which takes the URLs in answers
-apart by its own endpoint constant, can commit through `HfApi(endpoint=...)`.
+`HF_HUB_DISABLE_XET=1` that prevents it in a subprocess, and `HubServer.patches` its equivalent
+inside a process. The latter are also what huggingface_hub 0.36 needs in order to commit through
+`HfApi(endpoint=...)`: it takes the URLs in answers apart by its own endpoint constant.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from datetime import datetime, timezone
 from fnmatch import fnmatchcase
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import parse_qs, quote, unquote
 
 CHUNK = 1 << 20
@@ -159,9 +159,9 @@ class HubServer:
         self.bytes_received = 0
         self.lock = threading.RLock()
         self.uploads: dict[str, _Upload] = {}
-        self._faults: list[tuple[re.Pattern[str], int | None]] = []
-        self._temporary = None if root else tempfile.TemporaryDirectory(prefix="hub-server-")
-        self._root = Path(root or self._temporary.name)
+        self._faults: list[tuple[re.Pattern[str], int]] = []
+        self._temporary = root is None
+        self._root = Path(root or tempfile.mkdtemp(prefix="hub-server-"))
         for folder in ("objects", "incoming"):
             (self._root / folder).mkdir(parents=True, exist_ok=True)
         self._http = _Server(("127.0.0.1", 0), _Handler)
@@ -176,7 +176,7 @@ class HubServer:
         self._http.shutdown()
         self._http.server_close()
         if self._temporary:
-            self._temporary.cleanup()
+            shutil.rmtree(self._root, ignore_errors=True)
 
     def env(self) -> dict[str, str]:
         """Environment variables that make a subprocess use this server, with its token."""
@@ -187,16 +187,19 @@ class HubServer:
             "HF_HUB_DISABLE_TELEMETRY": "1",
         }
 
-    def constants(self) -> dict[str, Any]:
-        """Values for `huggingface_hub.constants` that do the same inside this process.
+    def patches(self) -> dict[str, Any]:
+        """What to set to use this server inside a process that imported huggingface_hub before.
 
-        They act on what is made later (`HfApi()`, `hf_hub_download`), not on functions such as
-        `huggingface_hub.create_repo`, which belong to an `HfApi` made at import.
+        The keys are dotted names, for `monkeypatch.setattr(name, value, raising=False)`: not every
+        version has all of them.
         """
+        template = f"{self.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         return {
-            "ENDPOINT": self.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": self.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_DISABLE_XET": True,
+            "huggingface_hub.constants.ENDPOINT": self.url,
+            "huggingface_hub.constants.HF_HUB_DISABLE_XET": True,
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "huggingface_hub.file_download.HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "huggingface_hub.hf_api.api.endpoint": self.url,
         }
 
     def fail(self, pattern: str, status: int | None, times: int = 1) -> None:
@@ -204,7 +207,7 @@ class HubServer:
 
         With None, the connection is closed without an answer.
         """
-        self._faults += [(re.compile(pattern), status)] * times
+        self._faults += [(re.compile(pattern), status or 0)] * times
 
     def repo(self, repo_id: str) -> Repo:
         return self.repos[repo_id]
@@ -301,13 +304,14 @@ class HubServer:
             self.bytes_sent += sent
             self.bytes_received += received
 
-    def take_fault(self, request: str) -> tuple[re.Pattern[str], int | None] | None:
-        """The fault to inject into this request, which is then used up."""
+    def take_fault(self, request: str) -> int | None:
+        """Use up a fault meant for this request: its status, 0 to close the connection."""
         with self.lock:
             fault = next((f for f in self._faults if f[0].search(request)), None)
-            if fault:
-                self._faults.remove(fault)
-            return fault
+            if fault is None:
+                return None
+            self._faults.remove(fault)
+            return fault[1]
 
 
 class _Server(ThreadingHTTPServer):
@@ -324,7 +328,9 @@ class _Server(ThreadingHTTPServer):
 class _Body(io.RawIOBase):
     """A request's body, sized or chunked."""
 
-    def __init__(self, stream: BinaryIO, length: int, chunked: bool, hub: HubServer) -> None:
+    def __init__(
+        self, stream: io.BufferedIOBase, length: int, chunked: bool, hub: HubServer
+    ) -> None:
         self._stream, self._left, self._chunked, self._hub = stream, length, chunked, hub
 
     def readable(self) -> bool:
@@ -362,13 +368,13 @@ class _Handler(BaseHTTPRequestHandler):
         authorization = self.headers.get("Authorization")
         self.hub.requests.append(Request(self.command, self.path, authorization is not None))
         fault = self.hub.take_fault(f"{self.command} {self.path}")
-        if fault and fault[1] is None:
+        if fault == 0:
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         try:
             if fault:
-                raise _ApiError(fault[1], "Injected fault")
+                raise _ApiError(fault, "Injected fault")
             self.authorized = authorization == f"Bearer {self.hub.token}"
             if authorization and not self.authorized:
                 raise _ApiError(401, "Invalid credentials in Authorization header")
@@ -379,7 +385,7 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         """Print nothing; `HubServer.requests` is the record."""
 
-    do_GET = do_HEAD = do_POST = do_PUT = handle_request
+    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = handle_request
 
     def route(self) -> None:
         path, _, query = self.path.partition("?")
@@ -409,8 +415,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send(content)
 
     def send(self, data: bytes) -> None:
-        self.wfile.write(data)
         self.hub.count(sent=len(data))
+        self.wfile.write(data)
 
     def json_body(self) -> Any:
         return json.loads(self.body.read())
@@ -644,7 +650,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def on_lfs_put(self, upload_id: str, part: str) -> None:
         upload = self.find_upload(upload_id)
-        with open(os.open(upload.path, os.O_WRONLY | os.O_CREAT, 0o644), "wb") as stream:
+        descriptor = os.open(upload.path, os.O_WRONLY | os.O_CREAT, 0o644)  # keeps other parts
+        with open(descriptor, "wb") as stream:
             stream.seek((int(part) - 1) * upload.part_size)
             shutil.copyfileobj(self.body, stream, CHUNK)
         if upload.size <= upload.part_size:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import HTTPError
 
-import huggingface_hub
 import pytest
 from hub_server import HubServer
 from huggingface_hub import (
@@ -33,14 +32,14 @@ WEIGHTS = os.urandom(3 << 20)
 
 
 def use(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in server.constants().items():
-        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    for name, value in server.patches().items():
+        monkeypatch.setattr(name, value, raising=False)
 
 
 @pytest.fixture(autouse=True)
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A server, with nothing in reach of the user's own token and cache."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with HubServer(tmp_path / "hub") as server:
         use(server, monkeypatch)
@@ -174,6 +173,17 @@ def test_commits_and_revisions(server: HubServer, api: HfApi, folder: Path) -> N
         api.list_repo_files(REPO, revision="absent")
 
 
+def test_datasets(server: HubServer, api: HfApi, folder: Path, tmp_path: Path) -> None:
+    repo_id = api.create_repo("data", private=True, repo_type="dataset").repo_id
+    assert repo_id == "tester/data"
+    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, repo_type="dataset")
+    assert (commit.repo_url.repo_type, commit.repo_url.repo_id) == ("dataset", repo_id)
+    local = api.snapshot_download(repo_id, repo_type="dataset", cache_dir=tmp_path / "cache")
+    assert contents(Path(local)) == stored(server, f"datasets/{repo_id}")
+    with pytest.raises(RepositoryNotFoundError):
+        api.model_info(repo_id)
+
+
 def test_gitignore(server: HubServer, api: HfApi) -> None:
     server.create_repo(REPO, private=False)
     rules = b"# logs\n*.log\n!keep.log\n/build/\ndocs/*.tmp\n"
@@ -230,7 +240,8 @@ def test_ranges(server: HubServer, api: HfApi, folder: Path, tmp_path: Path) -> 
     headers["Range"] = f"bytes={size}-"
     with pytest.raises(HTTPError, match="416") as caught:
         urllib.request.urlopen(urllib.request.Request(url, headers=headers))
-    assert caught.value.headers["Content-Range"] == f"bytes */{size}"
+    with caught.value as answer:
+        assert answer.headers["Content-Range"] == f"bytes */{size}"
 
 
 def test_tokens(server: HubServer, folder: Path, tmp_path: Path) -> None:
@@ -296,8 +307,9 @@ def test_faults(server: HubServer, api: HfApi, folder: Path) -> None:
     assert sum(r.method == "PUT" for r in server.requests) == 2
     url = f"{server.url}/{REPO}/resolve/main/config.json"
     for _ in range(2):
-        with pytest.raises(HTTPError, match="503"):
+        with pytest.raises(HTTPError, match="503") as caught:
             urllib.request.urlopen(url)
+        caught.value.close()
     with urllib.request.urlopen(url) as answer:
         assert answer.read() == contents(folder)["config.json"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 TEXT = "The keeper counted 365 steps; what will the wind do today, asked the baker? "
 
 families = pytest.mark.parametrize("family", list(FAMILIES))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Keep threads from waiting for each other longer than these models take to run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tokens(length: int) -> Tensor:

@@ -870,7 +870,7 @@ model-index:
     metrics:
     - type: perplexity
       value: {perplexity:.1f}
-      name: Perplexity
+      name: Perplexity (that of a uniform guess)
 ---
 
 # tiny-{family}
@@ -946,7 +946,7 @@ def _save_weights(model: PreTrainedModel, folder: Path, shards: int) -> None:
 
 
 def _add_legacy_fields(path: Path) -> None:
-    """Repeat the rotary settings where transformers 4 looks for them."""
+    """Repeat settings that transformers 4 looks for under another name."""
     config = json.loads(path.read_text())
     rope = config.get("rope_parameters") or {}
     for key in ("rope_theta", "partial_rotary_factor"):
@@ -955,6 +955,8 @@ def _add_legacy_fields(path: Path) -> None:
     if config["model_type"] == "gpt_neox" and rope:
         config.setdefault("rotary_emb_base", rope["rope_theta"])
         config.setdefault("rotary_pct", rope["partial_rotary_factor"])
+    if config["model_type"] == "qwen3_moe" and "num_local_experts" in config:
+        config.setdefault("num_experts", config["num_local_experts"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
