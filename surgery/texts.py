@@ -78,7 +78,11 @@ def _from_line(path: Path, number: int, line: str) -> Text:
 
 def encode(tokenizer: Any, texts: Sequence[Text], longest: int) -> list[list[int]]:
     """Each text's tokens, with the tokenizer's special tokens, cut to `longest`."""
-    return [tokenizer(text.text)["input_ids"][:longest] for text in texts]
+    return [_ids(tokenizer, text.text)[:longest] for text in texts]
+
+
+def _ids(tokenizer: Any, text: str, **options: Any) -> list[int]:
+    return list(tokenizer(text, verbose=False, **options)["input_ids"])
 
 
 def windows(
@@ -93,8 +97,8 @@ def windows(
     found: list[list[int]] = []
     total = 0
     for text in texts:
-        plain = tokenizer(text.text, add_special_tokens=False)["input_ids"]
-        prefix = _prefix(tokenizer(text.text)["input_ids"], plain)
+        plain = _ids(tokenizer, text.text, add_special_tokens=False)
+        prefix = _prefix(_ids(tokenizer, text.text), plain)
         step = length - len(prefix)
         for start in range(0, len(plain), step):
             part = plain[start : start + step]
