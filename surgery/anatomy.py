@@ -195,9 +195,7 @@ def check_shapes(anatomy: Anatomy, checkpoint: Checkpoint) -> None:
                 )
 
 
-def effective_gain(
-    anatomy: Anatomy, checkpoint: Checkpoint, layer: int
-) -> NDArray[np.float64]:
+def effective_gain(anatomy: Anatomy, checkpoint: Checkpoint, layer: int) -> NDArray[np.float64]:
     """What the pre-attention norm of a layer multiplies by, float64, shape [hidden size]."""
     name = anatomy.at(layer).gain
     stored = checkpoint.read(name).astype(np.float64)

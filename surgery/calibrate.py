@@ -7,7 +7,8 @@ are edited on the spot, so every later layer sees the model edited so far.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,10 +123,7 @@ def massive_tokens(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     A delimiter that has become a second sink belongs here, not among the ordinary tokens. Raises
     NoEmergence where the first tokens are not massive themselves.
     """
-    norms = states.detach().float().norm(dim=-1).cpu()
-    real = real.cpu()
-    threshold = STANDS_OUT * norms[real].median()
-    massive = (norms >= threshold) & real
+    massive = stands_out(states, real.cpu())
     standing_out = massive[:, 0].double().mean().item()
     if standing_out < 0.5:
         raise NoEmergence(
@@ -135,6 +133,12 @@ def massive_tokens(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         )
     massive[:, 0] = True
     return massive
+
+
+def stands_out(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Tokens whose norm is far above the median, bool [B, T]; states: [B, T, D]."""
+    norms = states.detach().float().norm(dim=-1).cpu()
+    return (norms >= STANDS_OUT * norms[real].median()) & real
 
 
 def _calibrate(state: _Pass, mask: Mask, layer: int, inputs: torch.Tensor, ridge: float) -> None:
@@ -158,3 +162,56 @@ def leak(ordinary: NDArray[np.floating], first: NDArray[np.floating]) -> Leak:
         sink_smallest=float(first.min()),
         tokens=int(ordinary.size),
     )
+
+
+class LeakWatcher:
+    """Collects the detectors' answers v·x while an edited model runs on text."""
+
+    def __init__(self, model: Any, anatomy: Anatomy, sinks: Mapping[int, SinkDirection]) -> None:
+        self._model, self._anatomy, self._sinks = model, anatomy, sinks
+        self._ordinary: dict[int, list[NDArray[np.float64]]] = {layer: [] for layer in sinks}
+        self._first: dict[int, list[NDArray[np.float64]]] = {layer: [] for layer in sinks}
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Record the forward passes of this block, given with a 2-D attention mask."""
+        if not self._sinks:
+            yield
+            return
+        state: dict[str, torch.Tensor] = {}
+        layers = decoder_layers(self._model, self._anatomy)
+
+        def begin(_module: Any, _args: tuple, kwargs: dict) -> None:
+            state["real"] = kwargs["attention_mask"].bool().cpu()
+
+        def classify(_module: Any, args: tuple, kwargs: dict) -> None:
+            states = args[0] if args else kwargs["hidden_states"]
+            state["massive"] = stands_out(states, state["real"])
+
+        def answer(layer: int) -> Callable[[Any, tuple, dict], None]:
+            def hook(_module: Any, args: tuple, kwargs: dict) -> None:
+                x = attention_input(args, kwargs).detach().double().cpu()
+                answers = x @ torch.from_numpy(self._sinks[layer].detector).double()
+                ordinary = state["real"] & ~state["massive"]
+                ordinary[:, 0] = False
+                self._ordinary[layer].append(answers[ordinary].numpy())
+                self._first[layer].append(answers[:, 0].numpy())
+
+            return hook
+
+        handles = [
+            backbone(self._model, self._anatomy).register_forward_pre_hook(begin, with_kwargs=True),
+            layers[min(self._sinks)].register_forward_pre_hook(classify, with_kwargs=True),
+        ]
+        for layer in self._sinks:
+            attention = self._model.get_submodule(self._anatomy.at(layer).attention)
+            handles.append(attention.register_forward_pre_hook(answer(layer), with_kwargs=True))
+        with hooked(handles):
+            yield
+
+    def leaks(self) -> dict[int, Leak]:
+        """The leak of each detector on everything that was watched."""
+        return {
+            layer: leak(np.concatenate(self._ordinary[layer]), np.concatenate(self._first[layer]))
+            for layer in self._sinks
+        }

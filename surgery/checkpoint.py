@@ -113,7 +113,9 @@ def read_bytes(path: Path, entry: TensorEntry) -> bytes:
         file.seek(entry.begin)
         raw = file.read(entry.size)
     if len(raw) != entry.size:
-        raise BadCheckpoint(f"{path} ends in the middle of the tensor {entry.name}; fetch it again.")
+        raise BadCheckpoint(
+            f"{path} ends in the middle of the tensor {entry.name}; fetch it again."
+        )
     return raw
 
 
@@ -214,16 +216,16 @@ def open_checkpoint(folder: Path, origin: Origin) -> Checkpoint:
         sizes[name] = path.stat().st_size
         for tensor in header:
             if tensor in tensors:
-                raise BadCheckpoint(f"{tensor} is stored both in {tensors[tensor].file} and {name}.")
+                raise BadCheckpoint(
+                    f"{tensor} is stored both in {tensors[tensor].file} and {name}."
+                )
         tensors |= header
     if weight_map is not None:
         _compare_index(weight_map, tensors)
     side_files, left_out = _other_files(folder, set(weight_files))
     for name in side_files:
         sizes[name] = (folder / name).stat().st_size
-    return Checkpoint(
-        folder, origin, config, weight_files, tensors, side_files, left_out, sizes
-    )
+    return Checkpoint(folder, origin, config, weight_files, tensors, side_files, left_out, sizes)
 
 
 def _weight_files(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:

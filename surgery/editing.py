@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -33,21 +33,35 @@ def set_parameter(parameter: torch.Tensor, values: NDArray) -> None:
         parameter.copy_(torch.from_numpy(np.ascontiguousarray(wide)))
 
 
-@contextmanager
+class EditedWeights:
+    """Edited, rounded weights beside a loaded model, exchanged with its own by reference."""
+
+    def __init__(
+        self, model: Any, anatomy: Anatomy, checkpoint: Checkpoint, edits: Sequence[Edit]
+    ) -> None:
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for edit in edits:
+            parameter = parameter_of(model, anatomy, edit)
+            values = torch.empty_like(parameter)
+            dtype = checkpoint.tensors[edit.tensor].dtype
+            set_parameter(values, edit.apply(checkpoint.read(edit.tensor), dtype))
+            self._pairs.append((parameter, values))
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """The model with the edited weights for the time of the block; its own afterwards."""
+        originals = [parameter.data for parameter, _ in self._pairs]
+        try:
+            for parameter, values in self._pairs:
+                parameter.data = values
+            yield
+        finally:
+            for (parameter, _), original in zip(self._pairs, originals, strict=True):
+                parameter.data = original
+
+
 def edited(
     model: Any, anatomy: Anatomy, checkpoint: Checkpoint, edits: Sequence[Edit]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """The model with the edits' rounded weights for the time of the block; exact afterwards."""
-    saved = [
-        (parameter, parameter.detach().clone())
-        for parameter in (parameter_of(model, anatomy, edit) for edit in edits)
-    ]
-    try:
-        for edit, (parameter, _) in zip(edits, saved, strict=True):
-            stored = checkpoint.read(edit.tensor)
-            set_parameter(parameter, edit.apply(stored, checkpoint.tensors[edit.tensor].dtype))
-        yield
-    finally:
-        with torch.no_grad():
-            for parameter, original in saved:
-                parameter.copy_(original)
+    return EditedWeights(model, anatomy, checkpoint, edits).active()

@@ -93,7 +93,9 @@ class Edit:
             if response is not None:
                 return rows - self.strength * np.outer(detector[block], response)
             center = self.sink.center.astype(np.float64)
-            return rows - self.strength * np.outer(rows[:, list(self.dimensions)] @ center, detector)
+            return rows - self.strength * np.outer(
+                rows[:, list(self.dimensions)] @ center, detector
+            )
         if self.kind == "columns" and self.axis == 1:
             return scale_columns(rows, self.dimensions, self.strength)
         inside = tuple(d - block.start for d in self.dimensions if block.start <= d < block.stop)

@@ -133,7 +133,7 @@ def vote(norms: NDArray[np.floating], valid: NDArray[np.bool_] | None = None) ->
     runner_up = float(ratios[ranked[1]]) if len(ranked) > 1 else 0.0
     layer = int(ranked[0]) if best >= MAGNIFIES else None
     peak = outputs[layer if layer is not None else considered - 1]
-    massive = np.flatnonzero(peak >= 0.5 * peak[sink]) if layer is not None else []
+    massive = np.flatnonzero(peak >= 0.5 * peak[sink]) if layer is not None else np.zeros(0, int)
     return Vote(
         layer=layer,
         position=int(positions[sink]),
@@ -144,7 +144,7 @@ def vote(norms: NDArray[np.floating], valid: NDArray[np.bool_] | None = None) ->
     )
 
 
-def others_median(norms: NDArray[np.float64], sink: int) -> NDArray[np.float64]:
+def others_median(norms: NDArray[np.floating], sink: int) -> NDArray[np.float64]:
     """Median over the tokens other than the sink, per row; zeros when there is no other."""
     rest = np.delete(norms, sink, axis=1)
     return np.median(rest, axis=1) if rest.shape[1] else np.zeros(norms.shape[0])

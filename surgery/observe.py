@@ -93,7 +93,7 @@ def attention_input(args: tuple, kwargs: dict) -> torch.Tensor:
 def sink_magnitudes(
     model: Any, anatomy: Anatomy, layers: Sequence[int], sequences: Sequence[Sequence[int]]
 ) -> dict[int, NDArray[np.float64]]:
-    """Mean |x| of the first token's attention input per layer, [D]: what `activation` selects by."""
+    """Mean |x| of the first token's attention input by layer, [D]: what `activation` ranks."""
     sums: dict[int, torch.Tensor] = {}
 
     def record(layer: int) -> Callable[[Any, tuple, dict], None]:

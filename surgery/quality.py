@@ -155,9 +155,7 @@ def _divergence(known: torch.Tensor | None, logs: torch.Tensor, real: torch.Tens
     return float((known.exp() * (known - logs)).sum(-1)[real].double().sum())
 
 
-def batches(
-    sequences: Sequence[Sequence[int]], vocabulary: int
-) -> Iterator[list[Sequence[int]]]:
+def batches(sequences: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list[Sequence[int]]]:
     """Sequences of similar length together, as many as the logits' memory allows."""
     budget = max(1, LOGITS_BUDGET // vocabulary)
     batch: list[Sequence[int]] = []

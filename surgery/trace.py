@@ -188,8 +188,8 @@ def _decoder_layers(model: Any, depth: int) -> tuple[str, list[torch.nn.Module]]
     ]
     if len(with_attention) != 1:
         raise Unsupported(
-            f"{type(model).__name__} has {len(with_attention)} lists of {depth} decoder layers with "
-            "attention, expected one."
+            f"{type(model).__name__} has {len(with_attention)} lists of {depth} decoder layers "
+            "with attention, expected one."
         )
     return with_attention[0]
 
@@ -250,7 +250,7 @@ def _survive_routing(traced: _Trace, layer: torch.nn.Module, path: str) -> None:
             del traced.stack[traced.stack.index(path) + 1 :]
             return hidden_states
 
-    layer.forward = run  # type: ignore[method-assign]
+    layer.forward = run
     for name, child in layer.named_children():
         if not _in_attention(f"{path}.{name}", path):
             child.register_forward_pre_hook(_enter(traced, f"{path}.{name}"), with_kwargs=True)

@@ -175,7 +175,9 @@ def _read_exactly(descriptor: int, view: memoryview, position: int) -> None:
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], position + done)
         if count == 0:
-            raise BadCheckpoint("A file became shorter while it was read; run the conversion again.")
+            raise BadCheckpoint(
+                "A file became shorter while it was read; run the conversion again."
+            )
         done += count
 
 
@@ -217,7 +219,7 @@ def edited_blocks(reader: int, entry: TensorEntry, edit: Edit) -> Iterator[tuple
         if not np.isfinite(rows.astype(np.float32)).all():
             raise BadCheckpoint(f"The edit of {entry.name} does not fit into {entry.dtype}.")
         raw = np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
-        yield entry.begin + block.start * width, memoryview(raw)
+        yield entry.begin + block.start * width, memoryview(raw.data)
 
 
 def _write_exactly(descriptor: int, raw: memoryview, position: int) -> None:

@@ -1,0 +1,98 @@
+"""surgery: locate a language model's Massive Emergence Layer and fold WeMask into its weights.
+
+    import surgery
+
+    analysis = surgery.analyze("Qwen/Qwen3-4B")
+    result = surgery.convert("Qwen/Qwen3-4B", rate=0.1, scope="first", output="out")
+    surgery.verify("out").require()
+    surgery.push("out", "me/Qwen3-4B-WeMask")
+
+Names are imported when first used, so that `import surgery` is instant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from surgery.anatomy import Anatomy
+    from surgery.checkpoint import Checkpoint, Origin
+    from surgery.conversion import Analysis, Conversion, Reporter, Settings, analyze, convert
+    from surgery.errors import SurgeryError
+    from surgery.fold import Edit, SinkDirection, make_edits
+    from surgery.hub import push
+    from surgery.locate import Emergence
+    from surgery.manifest import Manifest, read_manifest
+    from surgery.mask import Mask
+    from surgery.plan import Plan
+    from surgery.quality import Quality
+    from surgery.reference import masked
+    from surgery.review import refresh_card, reproduce, verify
+    from surgery.source import resolve
+    from surgery.verification import Verification
+
+_HOMES = {
+    "Analysis": "conversion",
+    "Anatomy": "anatomy",
+    "Checkpoint": "checkpoint",
+    "Conversion": "conversion",
+    "Edit": "fold",
+    "Emergence": "locate",
+    "Manifest": "manifest",
+    "Mask": "mask",
+    "Origin": "checkpoint",
+    "Plan": "plan",
+    "Quality": "quality",
+    "Reporter": "conversion",
+    "Settings": "conversion",
+    "SinkDirection": "fold",
+    "SurgeryError": "errors",
+    "Verification": "verification",
+    "analyze": "conversion",
+    "convert": "conversion",
+    "make_edits": "fold",
+    "masked": "reference",
+    "push": "hub",
+    "read_manifest": "manifest",
+    "refresh_card": "review",
+    "reproduce": "review",
+    "resolve": "source",
+    "verify": "review",
+}
+__all__ = [
+    "Analysis",
+    "Anatomy",
+    "Checkpoint",
+    "Conversion",
+    "Edit",
+    "Emergence",
+    "Manifest",
+    "Mask",
+    "Origin",
+    "Plan",
+    "Quality",
+    "Reporter",
+    "Settings",
+    "SinkDirection",
+    "SurgeryError",
+    "Verification",
+    "analyze",
+    "convert",
+    "make_edits",
+    "masked",
+    "push",
+    "read_manifest",
+    "refresh_card",
+    "reproduce",
+    "resolve",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    value = getattr(import_module(f"surgery.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

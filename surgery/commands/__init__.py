@@ -1,0 +1,71 @@
+"""The command line: one module per command, imported when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from surgery.errors import SurgeryError
+
+# name: (module, one line for `surgery --help`). The lines are repeated here so that the help
+# needs none of the modules.
+_COMMANDS = {
+    "analyze": "Locate the Massive Emergence Layer of a model and say why.",
+    "convert": "Fold the WeMask mask into a checkpoint and write it, verified.",
+    "verify": "Prove a converted checkpoint against its base.",
+    "push": "Upload a converted checkpoint to the Hugging Face Hub.",
+    "inspect": "Show what was done to a converted checkpoint.",
+    "card": "Render the model card of a converted checkpoint again.",
+    "reproduce": "Convert again from a manifest and compare every hash.",
+}
+
+
+class _Lazy(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in _COMMANDS:
+            return None
+        command: click.Command = import_module(f"surgery.commands.{name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SurgeryError as error:
+            from surgery.commands.terminal import printable
+
+            click.echo(f"Error: {printable(str(error))}", err=True)
+            sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Interrupted; nothing was left behind.", err=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+
+
+def _version(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        from surgery.manifest import tool_version
+
+        click.echo(f"surgery {tool_version()}")
+        ctx.exit()
+
+
+@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version)
+def cli() -> None:
+    """Locate a language model's Massive Emergence Layer and fold WeMask into its weights.
+
+    MODEL is a checkpoint folder, a Hub id (also as name@revision), a .gguf file, or `demo`.
+    """

@@ -1,0 +1,24 @@
+"""surgery card"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from surgery.commands.options import output_options
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@output_options
+def command(folder: Path, as_json: bool, quiet: bool) -> None:
+    """Render the model card in DIR again, from the manifest."""
+    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.review import refresh_card
+
+    terminal = Terminal(quiet=quiet, as_json=as_json)
+    card = refresh_card(folder)
+    if as_json:
+        print_json({"card": str(card)})
+    terminal.out.print(f"[bold green]Written[/bold green] {safe(card)}")

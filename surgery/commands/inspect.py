@@ -1,0 +1,48 @@
+"""surgery inspect"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from surgery.commands.options import output_options
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@output_options
+def command(folder: Path, as_json: bool, quiet: bool) -> None:
+    """Show what was done to the checkpoint in DIR, from its manifest."""
+    from rich.table import Table
+
+    from surgery.card import command_line
+    from surgery.checkpoint import read_json
+    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.manifest import read_manifest
+    from surgery.plan import MANIFEST
+
+    terminal = Terminal(quiet=quiet, as_json=as_json)
+    manifest = read_manifest(folder)
+    if as_json:
+        print_json(read_json(folder / MANIFEST))
+        return
+    table = Table(title=safe(folder), title_justify="left", show_header=False)
+    base = manifest.base
+    table.add_row("base", safe(f"{base.name}{'@' + base.commit if base.commit else ''}"))
+    table.add_row("made by", safe(f"{manifest.tool}: {command_line(manifest.settings)}"))
+    layer = (manifest.emergence or {}).get("layer")
+    table.add_row("ME Layer", "not searched for" if layer is None else str(layer))
+    table.add_row("target layers", ", ".join(str(layer) for layer in sorted(manifest.dimensions)))
+    size = len(next(iter(manifest.dimensions.values())))
+    table.add_row("masked dimensions", f"{size} of {manifest.hidden_size} per layer")
+    table.add_row("edited tensors", safe("\n".join(record.tensor for record in manifest.edits)))
+    for row in (manifest.quality or {}).get("variants", []):
+        table.add_row(
+            f"perplexity, {safe(row['name'])}",
+            f"{row['perplexity']:.4g} ({row['against_base']:+.1%})",
+        )
+    checks = (manifest.verification or {}).get("checks", [])
+    passed = sum(check["passed"] for check in checks)
+    table.add_row("verification when written", f"{passed} of {len(checks)} checks passed")
+    terminal.table(table)

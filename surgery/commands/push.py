@@ -1,0 +1,47 @@
+"""surgery push"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from surgery.commands.options import output_options
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("repo")
+@click.option("--public", is_flag=True, help="Create the repository public instead of private.")
+@click.option("--revision", help="Branch to upload to; created when missing.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--message", "-m", help="Commit message.")
+@output_options
+def command(
+    folder: Path,
+    repo: str,
+    public: bool,
+    revision: str | None,
+    create_pr: bool,
+    message: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Upload the converted checkpoint in DIR to REPO on the Hub, private unless --public.
+
+    The token is read from HF_TOKEN or the cached login (`hf auth login`).
+    """
+    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.hub import push
+
+    terminal = Terminal(quiet=quiet, as_json=as_json)
+    terminal.say(f"Uploading {folder} to {repo}")
+    pushed = push(
+        folder, repo, public=public, revision=revision, create_pr=create_pr, message=message
+    )
+    if as_json:
+        print_json(vars(pushed))
+    privacy = "private" if pushed.private else "public"
+    terminal.out.print(f"[bold green]Pushed[/bold green] {safe(pushed.url)} ({privacy})")
+    if pushed.pull_request:
+        terminal.out.print(f"Pull request: {safe(pushed.pull_request)}")

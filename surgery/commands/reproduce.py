@@ -1,0 +1,42 @@
+"""surgery reproduce"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from surgery.commands.options import output_options
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--base", metavar="MODEL", help="The base, when it is not where the manifest says.")
+@output_options
+def command(folder: Path, base: str | None, as_json: bool, quiet: bool) -> None:
+    """Convert again from the manifest in DIR and compare every hash."""
+    from rich.table import Table
+
+    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.errors import VerificationFailed
+    from surgery.review import reproduce
+
+    terminal = Terminal(quiet=quiet, as_json=as_json)
+    result = reproduce(folder, base=base, reporter=terminal)
+    table = Table(title="Reproduction", title_justify="left")
+    for heading in ("file", "recorded sha256", "repeated"):
+        table.add_column(heading)
+    for file in result.files:
+        mark = "[green]the same[/green]" if file.same else f"[red]{str(file.repeated)[:16]}[/red]"
+        table.add_row(safe(file.name), file.recorded[:16], mark)
+    terminal.table(table)
+    if as_json:
+        print_json({"same": result.same, **asdict(result)})
+    if not result.same:
+        names = ", ".join(file.name for file in result.files if not file.same)
+        other = ", ".join(f"{n} {a} → {b}" for n, (a, b) in result.versions_differ.items())
+        raise VerificationFailed(
+            f"these files came out differently: {names}"
+            + (f"; versions differ too: {other}." if other else ".")
+        )

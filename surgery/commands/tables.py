@@ -1,0 +1,136 @@
+"""The objects of the pipeline as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from surgery.commands.terminal import safe
+from surgery.locate import Emergence
+from surgery.plan import Plan
+from surgery.verification import Verification
+
+
+def tables(result: Any) -> Iterator[RenderableType]:
+    """Tables for an Emergence, Plan, Quality or Verification."""
+    if isinstance(result, Emergence):
+        yield from _emergence(result)
+    elif isinstance(result, Plan):
+        yield _plan(result)
+    elif isinstance(result, Verification):
+        yield _verification(result)
+    else:
+        yield _quality(result)
+
+
+def number(value: float | None) -> str:
+    """A measurement with four significant digits; a dash where there is none."""
+    if value is None or value != value:
+        return "–"
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _emergence(found: Emergence) -> Iterator[RenderableType]:
+    table = Table(
+        title="Sink token by layer (medians over the prompts)",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    for heading in ("layer", "sink norm", "× its input", "others' median", "sink / others"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for row in found.rows:
+        emerged = row.layer == found.layer
+        table.add_row(
+            str(row.layer),
+            number(row.sink_output),
+            f"×{number(row.magnification)}",
+            number(row.others),
+            number(row.ratio),
+            "← ME Layer" if emerged else "",
+            style="bold green" if emerged else None,
+        )
+    yield table
+    votes = ", ".join(
+        f"{'none' if layer is None else f'layer {layer}'} × {count}"
+        for layer, count in found.counts.items()
+    )
+    positions = ", ".join(f"{place} × {count}" for place, count in found.sink_positions.items())
+    lengths = [vote.tokens for vote in found.votes]
+    lines = []
+    if found.layer is not None:
+        lines.append(
+            f"Massive Emergence Layer {found.layer} (counted from 0): the sink token grows "
+            f"×{number(found.magnification)}; next best lasting layer ×{number(found.runner_up)}; "
+            f"confidence {found.confidence}"
+        )
+    lines.append(
+        f"votes: {votes}   ({len(found.votes)} prompts of {min(lengths)} to {max(lengths)} tokens)"
+    )
+    lines.append(f"sink position: {positions}")
+    yield Text("\n".join(lines))
+
+
+def _plan(plan: Plan) -> RenderableType:
+    table = Table(title="Plan", title_justify="left", show_header=False)
+    edited: dict[str, list[int]] = {}
+    for edit in plan.edits:
+        edited.setdefault(edit.kind.replace("_", "-"), []).append(edit.layer)
+    what = "; ".join(
+        f"{len(layers)} {kind} edit{'s' if len(layers) > 1 else ''} in layers "
+        f"{min(layers)} to {max(layers)}"
+        if min(layers) != max(layers)
+        else f"{len(layers)} {kind} edit{'s' if len(layers) > 1 else ''} in layer {layers[0]}"
+        for kind, layers in edited.items()
+    )
+    patched = [file.name for file in plan.files if file.edits]
+    table.add_row("output", safe(plan.output))
+    table.add_row("edits", what or "none (strength 0)")
+    table.add_row(
+        "tensors",
+        f"{len(plan.edits)} of {len(plan.checkpoint.tensors)} change "
+        f"({plan.bytes_edited / 1e6:.3g} of {plan.checkpoint.size / 1e6:.4g} MB)",
+    )
+    table.add_row(
+        "files", f"{len(plan.files)} copied, of which patched: {safe(', '.join(patched) or 'none')}"
+    )
+    if plan.checkpoint.left_out:
+        table.add_row(
+            "left out", safe(", ".join(plan.checkpoint.left_out)) + " (other copies of the weights)"
+        )
+    return table
+
+
+_LABELS = {"base": "base", "reference": "paper's reference (hook)", "folded": "folded weights"}
+
+
+def _quality(quality: Any) -> RenderableType:
+    table = Table(title=f"Quality on {quality.tokens} held-out tokens", title_justify="left")
+    table.add_column("model")
+    headings = ("perplexity", "against base", "KL(reference ‖ ·)", "KL(base ‖ ·)")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in quality.variants:
+        table.add_row(
+            _LABELS.get(row.name, row.name),
+            number(row.perplexity),
+            "" if row.name == "base" else f"{row.against_base:+.1%}",
+            number(row.kl_from_reference),
+            number(row.kl_from_base),
+        )
+    return table
+
+
+def _verification(verification: Verification) -> RenderableType:
+    table = Table(title="Verification", title_justify="left", show_header=False)
+    for check in verification.checks:
+        mark = "[green]✓[/green]" if check.passed else "[bold red]✗[/bold red]"
+        table.add_row(mark, safe(check.name), safe(check.detail))
+    return table

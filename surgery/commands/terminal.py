@@ -1,0 +1,81 @@
+"""What people see: steps, progress bars and tables, by rich; nothing with --quiet or --json."""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from surgery.conversion import Reporter
+
+
+def printable(text: str) -> str:
+    """Text from a stranger's file, its control characters (terminal escapes) made visible."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c)[0] != "C" else repr(c)[1:-1] for c in text
+    )
+
+
+def safe(text: Any) -> str:
+    """`printable`, with rich's markup switched off too."""
+    return escape(printable(str(text)))
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    from surgery.manifest import clean_numbers
+
+    click.echo(json.dumps(clean_numbers(value), indent=2, ensure_ascii=True))
+
+
+class Terminal(Reporter):
+    """Tables on stdout, steps and progress on stderr."""
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        self.silent = quiet or as_json
+        self.out = Console(quiet=self.silent, highlight=False)
+        self.err = Console(stderr=True, quiet=self.silent, highlight=False)
+        if self.silent:
+            _no_library_bars()
+
+    def say(self, message: str) -> None:
+        self.err.print(f"[dim]•[/dim] {safe(message)}")
+
+    def show(self, result: Any) -> None:
+        from surgery.commands.tables import tables
+
+        for table in tables(result):
+            self.out.print(table)
+
+    def table(self, table: Table) -> None:
+        """Print a table."""
+        self.out.print(table)
+
+    @contextmanager
+    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
+        count = DownloadColumn() if total > 10_000_000 else MofNCompleteColumn()
+        columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+        with Progress(*columns, console=self.err, transient=True, disable=self.silent) as progress:
+            task = progress.add_task(label, total=total)
+            yield lambda done: progress.advance(task, done)
+
+
+def _no_library_bars() -> None:
+    import os
+
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -1,0 +1,37 @@
+"""surgery verify"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from surgery.commands.options import output_options
+
+
+@click.command()
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--base", metavar="MODEL", help="The base, when it is not where the manifest says.")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: best]")
+@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own Python code.")
+@output_options
+def command(
+    folder: Path,
+    base: str | None,
+    device: str | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Prove the converted checkpoint in DIR against its base: bytes, edits, load and logits."""
+    from surgery.commands.terminal import Terminal, print_json
+    from surgery.review import verify
+
+    terminal = Terminal(quiet=quiet, as_json=as_json)
+    result = verify(
+        folder, base=base, device=device, trust_remote_code=trust_remote_code, reporter=terminal
+    )
+    terminal.show(result)
+    if as_json:
+        print_json(result.as_dict())
+    result.require()

