@@ -18,18 +18,17 @@ _FOLD_WORDS = {
     "norm": (
         "**The `norm` fold** sets the gain of the pre-attention norm to zero in these dimensions. "
         "It reaches **every token**, in every position. The paper masks the sink token alone, so "
-        "this is a stronger edit than the paper's; the table below says by how much on this model."
+        "this is a stronger edit than the paper's.{measured}"
     ),
     "qkv": (
         "**The `qkv` fold** sets the input columns of the attention's linears to zero in these "
         "dimensions. It reaches **every token**, in every position. The paper masks the sink token "
-        "alone, so this is a stronger edit than the paper's; the table below says by how much on "
-        "this model."
+        "alone, so this is a stronger edit than the paper's.{measured}"
     ),
     "sink": (
         "**The `sink` fold** adds a rank-one term, W ← W − γ (W (m ⊙ c)) vᵀ, to the attention's "
         "linears. It reaches the **massive (sink) token, and tokens that look like it**: that is "
-        "the paper's mask in plain weights, up to the leak measured below."
+        "the paper's mask in plain weights, up to a small leak.{measured}"
     ),
 }
 _SELECT_WORDS = {
@@ -126,7 +125,9 @@ def render_card(manifest: Manifest, base: Mapping[str, Any], *, figure: bool) ->
     from jinja2.sandbox import SandboxedEnvironment
 
     template = (resource_folder("hub_cards") / "model_card.md.jinja").read_text(encoding="utf-8")
-    environment = SandboxedEnvironment(autoescape=False, keep_trailing_newline=True)
+    environment = SandboxedEnvironment(
+        autoescape=False, keep_trailing_newline=True, trim_blocks=True
+    )
     metadata = card_metadata(manifest, base)
     text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
     return environment.from_string(template).render(metadata=text, **_words(manifest, figure))
@@ -155,8 +156,10 @@ def _words(manifest: Manifest, figure: bool) -> dict[str, Any]:
         "rate_words": f"rate {settings['rate']:g}",
         "select_words": _SELECT_WORDS[settings["select"]],
         "strength_words": _strength_words(settings["fold"], manifest.strength),
-        "fold_words": _FOLD_WORDS[settings["fold"]],
-        "edited_count": len(manifest.edits),
+        "fold_words": _FOLD_WORDS[settings["fold"]].format(
+            measured=" The table below says by how much on this model." if manifest.quality else ""
+        ),
+        "edited_words": _edited_words(len(manifest.edits)),
         "quality": _quality_words(manifest.quality),
         "forced": bool((manifest.quality or {}).get("forced")),
         "limit": f"{settings.get('max_degradation', 0.1):+.0%}",
@@ -176,6 +179,12 @@ def _target_words(targets: list[int]) -> str:
     if targets == list(range(targets[0], targets[-1] + 1)):
         return f"layers {targets[0]} to {targets[-1]}"
     return f"layers {', '.join(str(layer) for layer in targets)}"
+
+
+def _edited_words(count: int) -> str:
+    if count == 0:
+        return "No tensor of the base model was changed"
+    return f"{count} of the base model's tensors {'was' if count == 1 else 'were'} changed"
 
 
 def _strength_words(fold: str, strength: float) -> str:

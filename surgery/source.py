@@ -107,8 +107,9 @@ def _from_hub(name: str, revision: str | None, typed: str, say: Say) -> Checkpoi
             files = [sibling.rfilename for sibling in info.siblings or []]
             ignored = _NOT_NEEDED if any(f.endswith(".safetensors") for f in files) else []
             say(f"Fetching {wanted} (commit {str(info.sha)[:12]}) from the Hub")
+            # By the name the user gave, so that the cache also knows it when offline.
             folder = huggingface_hub.snapshot_download(
-                name, revision=info.sha, ignore_patterns=ignored
+                name, revision=revision, ignore_patterns=ignored
             )
         except (OfflineModeIsEnabled, ConnectionError):
             folder = huggingface_hub.snapshot_download(

