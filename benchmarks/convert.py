@@ -227,9 +227,7 @@ def peak(runs: list[Run]) -> float | None:
     return max(peaks) / 2**20 if peaks else None
 
 
-def targets(
-    runs: dict[str, list[Run]], peaks: dict[str, float], helps: list[Run]
-) -> list[Target]:
+def targets(runs: dict[str, list[Run]], peaks: dict[str, float], helps: list[Run]) -> list[Target]:
     """What `surgery convert` has to keep."""
 
     def copying(pick: Callable[[list[Run]], float]) -> float:

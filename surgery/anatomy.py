@@ -198,10 +198,10 @@ def check_shapes(anatomy: Anatomy, checkpoint: Checkpoint) -> None:
 def effective_gain(anatomy: Anatomy, checkpoint: Checkpoint, layer: int) -> NDArray[np.float64]:
     """What the pre-attention norm of a layer multiplies by, float64, shape [hidden size]."""
     name = anatomy.at(layer).gain
-    stored = checkpoint.read(name).astype(np.float64)
-    if not np.isfinite(stored).all():
+    stored = checkpoint.read(name)
+    if not dtypes.all_finite(stored):
         raise BadCheckpoint(f"{name} holds values that are not finite; the checkpoint is damaged.")
-    return stored - anatomy.null_gain
+    return stored.astype(np.float64) - anatomy.null_gain
 
 
 def is_editable(checkpoint: Checkpoint, name: str) -> bool:

@@ -10,10 +10,10 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
@@ -70,9 +70,22 @@ class Origin:
     note: str | None = None
 
 
+class Ranges(Protocol):
+    """Byte ranges of weight files, on this disk or elsewhere."""
+
+    def size(self, file: str) -> int: ...
+
+    def read(self, file: str, begin: int, end: int) -> bytes: ...
+
+    def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]: ...
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, described from its headers."""
+    """A checkpoint, described from its headers.
+
+    folder: where its side files lie, and its weight files too unless they are `remote`.
+    """
 
     folder: Path
     origin: Origin
@@ -82,6 +95,7 @@ class Checkpoint:
     side_files: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     file_sizes: Mapping[str, int] = field(default_factory=dict)
+    remote: Ranges | None = None
 
     @property
     def model_type(self) -> str:
@@ -104,19 +118,50 @@ class Checkpoint:
                 f"The tensor {name} is stored as {entry.dtype}, which holds quantised values; "
                 "convert the unquantised checkpoint instead."
             )
-        return dtypes.decode(read_bytes(self.folder / entry.file, entry), entry.dtype, entry.shape)
+        return dtypes.decode(self.read_bytes(name), entry.dtype, entry.shape)
+
+    def read_bytes(self, name: str) -> bytes:
+        """The stored bytes of a tensor."""
+        entry = self.tensors[name]
+        return self.ranges.read(entry.file, entry.begin, entry.end)
+
+    @property
+    def ranges(self) -> Ranges:
+        """Where byte ranges of the weight files are read from."""
+        return self.remote if self.remote is not None else LocalFiles(self.folder)
 
 
-def read_bytes(path: Path, entry: TensorEntry) -> bytes:
-    """The stored bytes of one tensor."""
-    with open(path, "rb") as file:
-        file.seek(entry.begin)
-        raw = file.read(entry.size)
-    if len(raw) != entry.size:
-        raise BadCheckpoint(
-            f"{path} ends in the middle of the tensor {entry.name}; fetch it again."
-        )
-    return raw
+class LocalFiles:
+    """Byte ranges of the files in a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def size(self, file: str) -> int:
+        """Bytes of a file; BadCheckpoint when it is not there."""
+        try:
+            return (self._folder / file).stat().st_size
+        except OSError as error:
+            raise BadCheckpoint(
+                f"The shard {file} is missing from {self._folder}; fetch it again."
+            ) from error
+
+    def read(self, file: str, begin: int, end: int) -> bytes:
+        """The bytes of a file from `begin` up to `end`; BadCheckpoint when it is shorter."""
+        path = self._folder / file
+        try:
+            with open(path, "rb") as opened:
+                opened.seek(begin)
+                raw = opened.read(end - begin)
+        except OSError as error:
+            raise BadCheckpoint(f"{path} cannot be read: {error.strerror or error}.") from error
+        if len(raw) != end - begin:
+            raise BadCheckpoint(f"{path} ends early; fetch it again.")
+        return raw
+
+    def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Several ranges, in the order asked for."""
+        return [self.read(*wanted) for wanted in ranges]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -142,43 +187,45 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Every tensor of one safetensors file on disk; see `parse_header`."""
+    return parse_header(LocalFiles(path.parent), path.name)
+
+
+def parse_header(ranges: Ranges, file: str) -> dict[str, TensorEntry]:
     """Every tensor of one safetensors file, in the order of their bytes.
 
     Checks all that a header can promise: length, dtypes, shapes against byte ranges, ranges that
     neither overlap nor leave gaps, and a file exactly as long as they say.
     """
+    size = ranges.size(file)
+    length = struct.unpack("<Q", ranges.read(file, 0, 8))[0] if size >= 8 else -1
+    if not 2 <= length <= min(LARGEST_HEADER, size - 8):
+        raise BadCheckpoint(
+            f"{file} has no valid safetensors header; it is truncated or not safetensors."
+        )
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
-            if not 2 <= length <= min(LARGEST_HEADER, size - 8):
-                raise BadCheckpoint(
-                    f"{path} has no valid safetensors header; it is truncated or not safetensors."
-                )
-            raw = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_unique)
-    except OSError as error:
-        raise BadCheckpoint(f"{path} cannot be read: {error.strerror or error}.") from error
+        text = ranges.read(file, 8, 8 + length).decode("utf-8")
+        raw = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"{path} has a damaged safetensors header: {error}.") from error
+        raise BadCheckpoint(f"{file} has a damaged safetensors header: {error}.") from error
     if not isinstance(raw, dict):
-        raise BadCheckpoint(f"{path} has a safetensors header that is no JSON object.")
+        raise BadCheckpoint(f"{file} has a safetensors header that is no JSON object.")
     raw.pop("__metadata__", None)
-    entries = [_entry(path, name, fields, 8 + length) for name, fields in raw.items()]
+    entries = [_entry(file, name, fields, 8 + length) for name, fields in raw.items()]
     entries.sort(key=lambda entry: (entry.begin, entry.end))
     position = 8 + length
     for entry in entries:
         if entry.begin != position:
-            raise BadCheckpoint(f"{path}: the bytes of {entry.name} overlap or leave a gap.")
+            raise BadCheckpoint(f"{file}: the bytes of {entry.name} overlap or leave a gap.")
         position = entry.end
     if position != size:
         raise BadCheckpoint(
-            f"{path} has {size} bytes and its header describes {position}; fetch the file again."
+            f"{file} has {size} bytes and its header describes {position}; fetch the file again."
         )
     return {entry.name: entry for entry in entries}
 
 
-def _entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
+def _entry(file: str, name: str, fields: Any, start: int) -> TensorEntry:
     try:
         dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
         numbers = [*shape, begin, end]
@@ -186,14 +233,14 @@ def _entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
             raise TypeError
         bits = dtypes.BITS[dtype]
     except (KeyError, TypeError, ValueError) as error:
-        raise BadCheckpoint(f"{path}: the header's entry for {name!r} is malformed.") from error
+        raise BadCheckpoint(f"{file}: the header's entry for {name!r} is malformed.") from error
     if math.prod(shape) * bits != (end - begin) * 8:
-        raise BadCheckpoint(f"{path}: the shape and the byte range of {name} disagree.")
-    return TensorEntry(name, dtype, tuple(shape), path.name, start + begin, start + end)
+        raise BadCheckpoint(f"{file}: the shape and the byte range of {name} disagree.")
+    return TensorEntry(name, dtype, tuple(shape), file, start + begin, start + end)
 
 
-def open_checkpoint(folder: Path, origin: Origin) -> Checkpoint:
-    """Describe the safetensors checkpoint in a folder.
+def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) -> Checkpoint:
+    """Describe the safetensors checkpoint in a folder, or one whose weights are `remote`.
 
     Raises BadCheckpoint when a file is missing, truncated or disagrees with the index.
     """
@@ -206,26 +253,27 @@ def open_checkpoint(folder: Path, origin: Origin) -> Checkpoint:
         )
     config = read_json(folder / "config.json")
     weight_files, weight_map = _weight_files(folder)
+    if remote is None and weight_map is None and not (folder / SINGLE).is_file():
+        raise BadCheckpoint(_missing_weights(folder))
+    ranges = remote if remote is not None else LocalFiles(folder)
     tensors: dict[str, TensorEntry] = {}
     sizes: dict[str, int] = {}
     for name in weight_files:
-        path = folder / name
-        if not path.is_file():
-            raise BadCheckpoint(f"The shard {name} is missing from {folder}; fetch it again.")
-        header = read_header(path)
-        sizes[name] = path.stat().st_size
+        header = parse_header(ranges, name)
+        sizes[name] = ranges.size(name)
         for tensor in header:
             if tensor in tensors:
-                raise BadCheckpoint(
-                    f"{tensor} is stored both in {tensors[tensor].file} and {name}."
-                )
+                first = tensors[tensor].file
+                raise BadCheckpoint(f"{tensor} is stored both in {first} and {name}.")
         tensors |= header
     if weight_map is not None:
         _compare_index(weight_map, tensors)
     side_files, left_out = _other_files(folder, set(weight_files))
     for name in side_files:
         sizes[name] = (folder / name).stat().st_size
-    return Checkpoint(folder, origin, config, weight_files, tensors, side_files, left_out, sizes)
+    return Checkpoint(
+        folder, origin, config, weight_files, tensors, side_files, left_out, sizes, remote
+    )
 
 
 def _weight_files(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
@@ -240,12 +288,13 @@ def _weight_files(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]
                     f"{index} names the file {name!r}, which is not a plain file name beside it."
                 )
         return tuple(sorted(set(weight_map.values()))), weight_map
-    if (folder / SINGLE).is_file():
-        return (SINGLE,), None
-    shards = sorted(path.name for path in folder.glob("model-*-of-*.safetensors"))
-    if shards:
-        raise BadCheckpoint(f"{folder} has shards but no {INDEX}; fetch the index too.")
-    raise BadCheckpoint(f"{folder} holds no {SINGLE} and no {INDEX}.")
+    return (SINGLE,), None
+
+
+def _missing_weights(folder: Path) -> str:
+    if any(folder.glob("model-*-of-*.safetensors")):
+        return f"{folder} has shards but no {INDEX}; fetch the index too."
+    return f"{folder} holds no {SINGLE} and no {INDEX}."
 
 
 def _compare_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:

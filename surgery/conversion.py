@@ -29,6 +29,7 @@ from surgery.mask import (
     SCOPES,
     SELECTIONS,
     Mask,
+    check_rate,
     check_strength,
     largest,
     mask_size,
@@ -36,7 +37,7 @@ from surgery.mask import (
     target_layers,
 )
 from surgery.plan import CARD, FIGURE, Plan, check_output, make_plan
-from surgery.source import resolve
+from surgery.source import resolve, resolve_light
 from surgery.verification import (
     Check,
     Verification,
@@ -49,8 +50,12 @@ from surgery.write import copy_plan, staging
 
 if TYPE_CHECKING:
     from surgery.calibrate import Leak
+    from surgery.probe import Evidence, Prompt
     from surgery.quality import Quality
+    from surgery.stream import Streamed
 
+# Checkpoints above this size are analysed layer by layer instead of being loaded whole.
+STREAM_ABOVE = 8_000_000_000
 # Tokens on which base, hooks and written checkpoint are compared logit by logit.
 VERIFY_TOKENS = 192
 
@@ -90,7 +95,9 @@ class Settings:
             if value not in allowed:
                 raise BadSettings(f"--{name} must be one of {', '.join(allowed)}; not {value!r}.")
         check_strength(self.strength)
-        mask_size(self.rate, 10**9)
+        check_rate(self.rate)
+        if self.seed < 0:
+            raise BadSettings("--seed must not be negative.")
         if self.layer is not None and self.layers is not None:
             raise BadSettings("Give either --layer (the ME Layer) or --layers (targets), not both.")
         if self.check_tokens < 1 or self.calibration_tokens < 1:
@@ -119,11 +126,17 @@ SILENT = Reporter()
 
 @dataclass(frozen=True)
 class Analysis:
-    """What `analyze` finds."""
+    """What `analyze` finds.
+
+    evidence: None unless it was asked for. streamed: how much was read, when the model was run
+    layer by layer.
+    """
 
     checkpoint: Checkpoint
     anatomy: Anatomy
     emergence: Emergence
+    evidence: Evidence | None = None
+    streamed: Streamed | None = None
 
     def targets(self, scope: str) -> tuple[int, ...]:
         """Target layers for a scope; empty without an emergence layer."""
@@ -184,6 +197,17 @@ class Subject:
             )
         return self._tokenizer
 
+    @property
+    def config(self) -> Any:
+        """The configuration, without loading the model."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(
+            self.checkpoint.folder,
+            trust_remote_code=self._settings.trust_remote_code,
+            local_files_only=True,
+        )
+
     def release(self) -> None:
         """Forget the model, to make room."""
         self._model = None
@@ -208,26 +232,88 @@ def study(
     return confirm(described, trace(checkpoint, trust_remote_code=trust_remote_code))
 
 
+def stream_model(
+    subject: Subject,
+    anatomy: Anatomy,
+    settings: Settings,
+    reporter: Reporter,
+    *,
+    all_layers: bool = False,
+) -> Streamed:
+    """Locate the ME Layer without loading the model whole."""
+    from surgery.stream import stream_emergence
+
+    checkpoint = subject.checkpoint
+    prompts = [prompt.tokens for prompt in locating_prompts(subject, settings)]
+    with reporter.bar("Streaming layers", anatomy.depth) as advance:
+        return stream_emergence(
+            checkpoint,
+            anatomy,
+            prompts,
+            dtype=settings.dtype,
+            device=subject.device,
+            all_layers=all_layers,
+            trust_remote_code=settings.trust_remote_code,
+            progress=advance,
+        )
+
+
 def find_emergence(
     subject: Subject, anatomy: Anatomy, settings: Settings, reporter: Reporter
 ) -> Emergence:
     """Locate the ME Layer on the bundled prompts, or on the user's calibration text."""
-    from surgery import texts
-    from surgery.loading import longest_context
     from surgery.locate import agree
     from surgery.observe import layer_norms
 
-    chosen = _calibration_texts(settings)
-    longest = longest_context(subject.model.config.get_text_config(), texts.LONGEST_PROMPT)
+    prompts = [prompt.tokens for prompt in locating_prompts(subject, settings)]
+    with reporter.bar("Locating the ME Layer", len(prompts)) as advance:
+        return agree(layer_norms(subject.model, anatomy, prompts, advance))
+
+
+def locating_prompts(subject: Subject, settings: Settings) -> list[Prompt]:
+    """The prompts the ME Layer is located with; BadSettings when the text is too short."""
+    from surgery import texts
+    from surgery.loading import longest_context
+    from surgery.probe import Prompt
+
+    chosen = _calibration_texts(settings)[: texts.LOCATING_PROMPTS]
+    longest = longest_context(subject.config.get_text_config(), texts.LONGEST_PROMPT)
+    tokens = texts.encode(subject.tokenizer, chosen, longest)
     prompts = [
-        prompt
-        for prompt in texts.encode(subject.tokenizer, chosen[: texts.LOCATING_PROMPTS], longest)
-        if len(prompt) >= texts.SHORTEST
+        Prompt(text.kind, text.text, tuple(ids))
+        for text, ids in zip(chosen, tokens, strict=True)
+        if len(ids) >= texts.SHORTEST
     ]
     if not prompts:
         raise BadSettings("The calibration text is too short to locate an ME Layer on.")
-    with reporter.bar("Locating the ME Layer", len(prompts)) as advance:
-        return agree(layer_norms(subject.model, anatomy, prompts, advance))
+    return prompts
+
+
+def find_evidence(
+    subject: Subject,
+    anatomy: Anatomy,
+    emergence: Emergence,
+    settings: Settings,
+    reporter: Reporter,
+) -> Evidence:
+    """What the paper measures to explain an ME Layer; see `surgery.probe`."""
+    from surgery.probe import gather, steps
+
+    prompts = locating_prompts(subject, settings)
+    mask = None
+    if emergence.layer is not None:
+        targets = target_layers(emergence.layer, anatomy.depth, "first")
+        mask = choose_mask(subject, anatomy, targets, settings)
+    with reporter.bar("Gathering evidence", steps(emergence, prompts)) as advance:
+        return gather(
+            subject.model,
+            anatomy,
+            emergence,
+            prompts,
+            mask,
+            share=settings.rate,
+            progress=advance,
+        )
 
 
 def _calibration_texts(settings: Settings) -> list[Any]:
@@ -263,12 +349,20 @@ def analyze(
     dtype: str = "float32",
     calibration: str | None = None,
     trust_remote_code: bool = False,
+    evidence: bool = False,
+    rate: float = 0.1,
+    stream: bool | None = None,
+    all_layers: bool = False,
     reporter: Reporter = SILENT,
 ) -> Analysis:
-    """Locate the ME Layer of a model and gather the evidence (paper §3, Appendices D and H).
+    """Locate the ME Layer of a model (paper §3, Appendices D and H).
 
-    model: a folder, a Hub id, a .gguf file or "demo". The result's `emergence.layer` is None for a
-    model without one. Raises BadCheckpoint, BadSettings or Unsupported.
+    model: a folder, a Hub id, a .gguf file or "demo". evidence: also gather all that the paper
+    measures, which needs the whole model; rate is then the share of dimensions in eq. 1 and in the
+    mask. stream: run layer by layer from the checkpoint's bytes and stop once the emergence has
+    lasted (all_layers: go on to the end); by default for models on the Hub that are not in the
+    cache, and for large ones. The result's `emergence.layer` is None for a model without one.
+    Raises BadCheckpoint, BadSettings or Unsupported.
     """
     settings = Settings(
         model=model,
@@ -277,11 +371,23 @@ def analyze(
         dtype=dtype,
         calibration=calibration,
         trust_remote_code=trust_remote_code,
+        rate=rate,
     )
-    checkpoint = resolve(model, revision, reporter.say)
+    if evidence and stream:
+        raise BadSettings("Evidence needs the whole model; leave out the streaming.")
+    whole = evidence or stream is False
+    checkpoint = (resolve if whole else resolve_light)(model, revision, reporter.say)
     anatomy = study(checkpoint, trust_remote_code=trust_remote_code)
     subject = Subject(checkpoint, settings, reporter)
-    return Analysis(checkpoint, anatomy, find_emergence(subject, anatomy, settings, reporter))
+    if stream or (
+        not whole
+        and (all_layers or checkpoint.remote is not None or checkpoint.size > STREAM_ABOVE)
+    ):
+        streamed = stream_model(subject, anatomy, settings, reporter, all_layers=all_layers)
+        return Analysis(checkpoint, anatomy, streamed.emergence, streamed=streamed)
+    emergence = find_emergence(subject, anatomy, settings, reporter)
+    found = find_evidence(subject, anatomy, emergence, settings, reporter) if evidence else None
+    return Analysis(checkpoint, anatomy, emergence, found)
 
 
 def given_emergence(layer: int) -> Emergence:

@@ -53,12 +53,23 @@ def decode(raw: bytes | bytearray | memoryview, name: str, shape: tuple[int, ...
     return np.frombuffer(raw, dtype=FLOATS[name]).reshape(shape)
 
 
+def all_finite(values: NDArray) -> bool:
+    """Whether an array of a stored format holds neither infinities nor NaN."""
+    with np.errstate(invalid="ignore"):  # signalling NaNs, which this is here to find
+        return bool(np.isfinite(values).all())
+
+
 def round_once(values: NDArray[np.float64], name: str) -> NDArray:
     """Float64 values in the stored format, rounded to nearest-even exactly once.
 
     bfloat16 and float8 are reached through float32; rounding twice could differ from rounding
     once at ties, so the first step rounds to odd, which keeps the second one exact.
     """
+    with np.errstate(over="ignore"):  # the caller asks whether the result is finite
+        return _round(values, name)
+
+
+def _round(values: NDArray[np.float64], name: str) -> NDArray:
     target = FLOATS[name]
     if name in ("F64", "F32", "F16"):
         return values.astype(target)

@@ -142,7 +142,7 @@ def detector(center: Array64, second_moment: Array64, ridge: float) -> Array64:
     of ROME's rank-one edit (METHOD: W ← W − γ (W (m ⊙ c)) vᵀ).
     """
     size = len(center)
-    loading = ridge * max(np.trace(second_moment) / size, np.finfo(np.float64).tiny)
+    loading = ridge * (np.trace(second_moment) / size or 1.0)  # 1: there were no ordinary tokens
     solved = np.linalg.solve(second_moment + loading * np.eye(size), center)
     return solved / (center @ solved)
 

@@ -111,17 +111,23 @@ class Emergence:
         return asdict(self)
 
 
-def vote(norms: NDArray[np.floating], valid: NDArray[np.bool_] | None = None) -> Vote:
+def vote(
+    norms: NDArray[np.floating],
+    valid: NDArray[np.bool_] | None = None,
+    depth: int | None = None,
+) -> Vote:
     """The layer one prompt names.
 
     norms: L2 norms, [layers + 1, tokens]; row 0 is the input to layer 0 (the embedding), row l + 1
-    the output of layer l. valid: [tokens], False at padding.
+    the output of layer l. valid: [tokens], False at padding. depth: number of layers of the model,
+    when norms stop before its end.
     """
     norms = np.asarray(norms, dtype=np.float64)
     positions = np.arange(norms.shape[1]) if valid is None else np.flatnonzero(valid)
     norms = norms[:, positions]
-    outputs, depth = norms[1:], norms.shape[0] - 1
-    considered = max(1, depth - IGNORED_LAST_LAYERS)
+    outputs = norms[1:]
+    whole = len(outputs) if depth is None else depth
+    considered = min(len(outputs), max(1, whole - IGNORED_LAST_LAYERS))
     sink = int(np.argmax(outputs[:considered].max(axis=0)))
     curve = outputs[:considered, sink]
     others = others_median(norms, sink)[1 : considered + 1]
@@ -151,14 +157,17 @@ def others_median(norms: NDArray[np.floating], sink: int) -> NDArray[np.float64]
 
 
 def agree(
-    prompts: Sequence[NDArray[np.floating]], valid: Sequence[NDArray[np.bool_]] | None = None
+    prompts: Sequence[NDArray[np.floating]],
+    valid: Sequence[NDArray[np.bool_]] | None = None,
+    depth: int | None = None,
 ) -> Emergence:
     """The emergence that the prompts agree on, with the table by layer.
 
-    prompts: one [layers + 1, tokens] array of norms per prompt; valid: masks of real tokens.
+    prompts: one [layers + 1, tokens] array of norms per prompt. valid: masks of real tokens.
+    depth: number of layers of the model, when the norms stop before its end.
     """
     masks = valid if valid is not None else [np.ones(p.shape[1], dtype=bool) for p in prompts]
-    votes = tuple(vote(norms, mask) for norms, mask in zip(prompts, masks, strict=True))
+    votes = tuple(vote(norms, mask, depth) for norms, mask in zip(prompts, masks, strict=True))
     winner, count = Counter(v.layer for v in votes).most_common(1)[0]
     agreement = count / len(votes)
     layer = winner if agreement >= MAJORITY else None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.anatomy import Anatomy
-from surgery.checkpoint import Checkpoint, Origin, read_bytes, read_json
+from surgery.checkpoint import Checkpoint, Origin, read_json
 from surgery.errors import BadCheckpoint
 from surgery.fold import Edit, SinkDirection, pack, unpack
 from surgery.plan import MANIFEST
@@ -107,7 +107,7 @@ def records(checkpoint: Checkpoint, edits: Sequence[Edit]) -> list[EditRecord]:
     for edit in edits:
         entry = checkpoint.tensors[edit.tensor]
         small = edit.kind in ("gain", "bias")
-        raw = read_bytes(checkpoint.folder / entry.file, entry) if small else None
+        raw = checkpoint.read_bytes(edit.tensor) if small else None
         found.append(
             EditRecord(
                 tensor=edit.tensor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,18 +33,24 @@ class Mask:
         return tuple(sorted(self.dimensions))
 
 
+def check_rate(rate: float) -> None:
+    """Raise BadSettings unless 0 < rate < 1."""
+    if not 0.0 < rate < 1.0:
+        raise BadSettings(f"--rate must lie between 0 and 1 (both excluded); {rate} does not.")
+
+
 def mask_size(rate: float, hidden_size: int) -> int:
     """k = int(rate * D).
 
     Raises BadSettings for a rate outside (0, 1) and for one that masks nothing.
     """
-    if not 0.0 < rate < 1.0:
-        raise BadSettings(f"--rate must lie between 0 and 1 (both excluded); {rate} does not.")
+    check_rate(rate)
     size = int(rate * hidden_size)
     if size == 0:
+        least = math.ceil(1e5 / hidden_size) / 1e5  # rounded up, or it would mask none either
         raise BadSettings(
             f"--rate {rate} masks no dimension of a hidden size of {hidden_size}; "
-            f"use at least {1 / hidden_size:.2g}."
+            f"use at least {least:g}."
         )
     return size
 

@@ -11,13 +11,13 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
-from surgery.errors import BadCheckpoint, BadSettings
+from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -89,24 +89,64 @@ def _from_folder(folder: Path, origin: Origin, say: Say) -> Checkpoint:
     return open_checkpoint(folder, origin)
 
 
+def resolve_light(model: str, revision: str | None = None, say: Say = _silent) -> Checkpoint:
+    """Like `resolve`, but a Hub model that is not in the cache stays on the Hub.
+
+    Its small files are fetched, its headers read, and its weights left to be read by byte range.
+    """
+    name, _, tag = model.partition("@")
+    if model == DEMO or Path(model).expanduser().exists() or not _HUB_ID.match(name):
+        return resolve(model, revision, say)
+    wanted = tag or revision
+    with _hub_errors(name, wanted):
+        import huggingface_hub
+        from huggingface_hub.errors import OfflineModeIsEnabled
+
+        from surgery.remote import SMALL_FILES, HubRanges
+
+        try:
+            info = huggingface_hub.HfApi().model_info(name, revision=wanted)
+        except (OfflineModeIsEnabled, ConnectionError):
+            return resolve(model, revision, say)
+        cached = _cached(name, info.sha)
+        if cached is not None:
+            return _from_folder(cached, Origin("hub", name, model, commit=cached.name), say)
+        files = [sibling.rfilename for sibling in info.siblings or []]
+        if SINGLE not in files and INDEX not in files:
+            return resolve(model, revision, say)
+        say(f"Reading {name} (commit {str(info.sha)[:12]}) on the Hub, without downloading it")
+        folder = Path(
+            huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=SMALL_FILES)
+        )
+        origin = Origin("hub", name, model, commit=str(info.sha))
+        return open_checkpoint(folder, origin, HubRanges(name, str(info.sha)))
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    """The cached snapshot of a Hub model, when all its weight files are there."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+        )
+        open_checkpoint(folder, Origin("hub", name, name))
+    except (LocalEntryNotFoundError, BadCheckpoint):
+        return None
+    return folder
+
+
 def _from_hub(name: str, revision: str | None, typed: str, say: Say) -> Checkpoint:
     import huggingface_hub
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import OfflineModeIsEnabled
 
-    wanted = f"{name}@{revision}" if revision else name
-    try:
+    with _hub_errors(name, revision):
         try:
             info = huggingface_hub.HfApi().model_info(name, revision=revision)
             files = [sibling.rfilename for sibling in info.siblings or []]
             ignored = _NOT_NEEDED if any(f.endswith(".safetensors") for f in files) else []
-            say(f"Fetching {wanted} (commit {str(info.sha)[:12]}) from the Hub")
+            say(f"Fetching {name} (commit {str(info.sha)[:12]}) from the Hub")
             # By the name the user gave, so that the cache also knows it when offline.
             folder = huggingface_hub.snapshot_download(
                 name, revision=revision, ignore_patterns=ignored
@@ -115,6 +155,26 @@ def _from_hub(name: str, revision: str | None, typed: str, say: Say) -> Checkpoi
             folder = huggingface_hub.snapshot_download(
                 name, revision=revision, local_files_only=True
             )
+    path = Path(folder)
+    return _from_folder(path, Origin("hub", name, typed, commit=path.name), say)
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """What the Hub and its client raise, as one sentence each."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    wanted = f"{name}@{revision}" if revision else name
+    try:
+        yield
+    except SurgeryError:
+        raise
     except GatedRepoError as error:
         raise BadCheckpoint(
             f"{name} is gated: accept its terms on the Hub, log in with `hf auth login`, and try "
@@ -134,8 +194,6 @@ def _from_hub(name: str, revision: str | None, typed: str, say: Say) -> Checkpoi
     except (HfHubHTTPError, OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise BadCheckpoint(f"Fetching {wanted} from the Hub failed: {first}") from error
-    path = Path(folder)
-    return _from_folder(path, Origin("hub", name, typed, commit=path.name), say)
 
 
 def _demo_file() -> Path:

@@ -209,14 +209,14 @@ def edited_blocks(reader: int, entry: TensorEntry, edit: Edit) -> Iterator[tuple
         raw = bytearray((block.stop - block.start) * width)
         _read_exactly(reader, memoryview(raw), entry.begin + block.start * width)
         rows = dtypes.decode(raw, entry.dtype, (block.stop - block.start, *entry.shape[1:]))
-        if not np.isfinite(rows.astype(np.float32)).all():
+        if not dtypes.all_finite(rows):
             raise BadCheckpoint(
                 f"{entry.name} holds values that are not finite; the checkpoint is damaged."
             )
         return rows
 
     for block, rows in edit.blocks(entry.shape, entry.dtype, read):
-        if not np.isfinite(rows.astype(np.float32)).all():
+        if not dtypes.all_finite(rows):
             raise BadCheckpoint(f"The edit of {entry.name} does not fit into {entry.dtype}.")
         raw = np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
         yield entry.begin + block.start * width, memoryview(raw.data)
@@ -272,9 +272,17 @@ def _copy_read(reader: int, writer: int, count: int, position: int) -> int:
 
 @contextmanager
 def staging(output: Path, source: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling of a checkpoint that becomes `output` when the block ends well."""
+    with replacing(output, lambda: check_output(source, output, overwrite=overwrite)) as folder:
+        yield folder
+
+
+@contextmanager
+def replacing(output: Path, check: Callable[[], None]) -> Iterator[Path]:
     """A temporary sibling of `output` that becomes `output` when the block ends well.
 
-    On any error the sibling is removed and `output` stays what it was.
+    check: called just before, raises where `output` must not be created or replaced. On any error
+    the sibling is removed and `output` stays what it was.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent))
@@ -284,7 +292,7 @@ def staging(output: Path, source: Path, *, overwrite: bool) -> Iterator[Path]:
         folder.chmod(0o777 & ~umask)
         yield folder
         _sync_tree(folder)
-        check_output(source, output, overwrite=overwrite)
+        check()
         _rename(folder, output)
     except OSError as error:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,56 @@
+"""A Hub model's weights as byte ranges, without downloading its files."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from surgery.errors import BadCheckpoint
+
+# Requests under way at once; each costs a round trip, not bandwidth.
+_PARALLEL = 8
+# What describes a model, next to its weights.
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md"]
+
+
+class HubRanges:
+    """Byte ranges of the files of one commit, read through huggingface_hub's file system."""
+
+    def __init__(self, repo: str, commit: str) -> None:
+        from huggingface_hub import HfFileSystem
+
+        self._files = HfFileSystem()
+        self._root = f"{repo}@{commit}"
+        self._sizes: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+
+    def size(self, file: str) -> int:
+        """Bytes of a file; BadCheckpoint when the commit has none of that name."""
+        if file not in self._sizes:
+            try:
+                self._sizes[file] = int(self._files.info(f"{self._root}/{file}")["size"])
+            except OSError as error:
+                raise BadCheckpoint(f"{self._root} has no file {file}.") from error
+        return self._sizes[file]
+
+    def read(self, file: str, begin: int, end: int) -> bytes:
+        """The bytes of a file from `begin` up to `end`; BadCheckpoint when they do not arrive."""
+        if begin == end:
+            return b""
+        try:
+            raw: bytes = self._files.cat_file(f"{self._root}/{file}", start=begin, end=end)
+        except Exception as error:  # the file system passes on what its HTTP client raises
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise BadCheckpoint(f"Reading {self._root}/{file} failed: {first}") from error
+        if len(raw) != end - begin:
+            raise BadCheckpoint(f"{self._root}/{file} ends early on the Hub.")
+        with self._lock:
+            self.bytes_read += len(raw)
+        return raw
+
+    def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Several ranges at once, in the order asked for."""
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            return list(pool.map(lambda wanted: self.read(*wanted), ranges))
