@@ -98,6 +98,16 @@ def depth_of(config: Mapping[str, Any]) -> int:
     return _positive(text_config(config), "num_hidden_layers", "n_layer", "num_layers")
 
 
+def check_depth(checkpoint: Checkpoint) -> None:
+    """Raise BadCheckpoint where config.json describes more layers than there can be."""
+    depth = depth_of(checkpoint.config)
+    if depth > len(checkpoint.tensors):
+        raise BadCheckpoint(
+            f"config.json describes {depth} layers, but the checkpoint has only "
+            f"{len(checkpoint.tensors)} tensors."
+        )
+
+
 def width_of(config: Mapping[str, Any]) -> int:
     """Hidden size a configuration describes."""
     return _positive(text_config(config), "hidden_size", "n_embd", "d_model")
@@ -117,6 +127,7 @@ def describe(checkpoint: Checkpoint) -> Anatomy | None:
     refuse_quantised(checkpoint)
     if family.refusal:
         raise Unsupported(f"{model_type} cannot be converted: {family.refusal}.")
+    check_depth(checkpoint)
     prefix = _stored_prefix(checkpoint, family)
     inputs = []
     for layer in range(depth_of(config)):

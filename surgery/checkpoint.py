@@ -270,7 +270,10 @@ def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) 
         _compare_index(weight_map, tensors)
     side_files, left_out = _other_files(folder, set(weight_files))
     for name in side_files:
-        sizes[name] = (folder / name).stat().st_size
+        path = folder / name
+        if not path.is_file():  # reading from a pipe, say, would wait for ever
+            raise BadCheckpoint(f"{path} is a broken link or no plain file; remove it.")
+        sizes[name] = path.stat().st_size
     return Checkpoint(
         folder, origin, config, weight_files, tensors, side_files, left_out, sizes, remote
     )

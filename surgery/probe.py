@@ -34,7 +34,7 @@ Array = NDArray[np.float64]
 ATTENTION_TOKENS = 64
 HEATMAP_TOKENS = 32
 # The sink's own norm needs no later tokens; these are there for another token to take over.
-KNOCKOUT_TOKENS = 128
+KNOCKOUT_TOKENS = 64
 PROJECTIONS = ("gate", "up", "down")
 # Children of an FFN by what they do; the second number is the half of a fused output.
 _LAYOUTS: tuple[dict[str, tuple[str, int | None]], ...] = (
@@ -298,8 +298,9 @@ def feed_forwards(
     with hooked(handles):
         _forward(model, anatomy, tokens[:ATTENTION_TOKENS])
     found: list[FeedForward | None] = []
-    for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
-        if name is None or index not in read:
+    for index, layer in enumerate(layers):
+        module_name = names[index]
+        if module_name is None or index not in read:
             found.append(None)
             continue
         norm = next((n for n, out in outputs[index] if _same(out, read[index])), None)
@@ -307,7 +308,13 @@ def feed_forwards(
         known = anatomy.inputs[index]
         shared = known is not None and norm is not None and known.norm.endswith(f".{norm}")
         found.append(
-            FeedForward(name, norm, shared, post, _projections(layer.get_submodule(name), name))
+            FeedForward(
+                module_name,
+                norm,
+                shared,
+                post,
+                _projections(layer.get_submodule(module_name), module_name),
+            )
         )
     return tuple(found)
 
@@ -553,7 +560,9 @@ def _knockouts(
     module = decoder_layers(model, anatomy)[layer]
     intact = np.stack([trace.output[1:, trace.sink] for trace in usable])
     cut = [trace.prompt.tokens[:KNOCKOUT_TOKENS] for trace in usable]
-    chosen = [("ffn", module.get_submodule(part.module), _silence)]
+    chosen: list[tuple[str, torch.nn.Module, Callable[..., Any]]] = [
+        ("ffn", module.get_submodule(part.module), _silence)
+    ]
     if part.norm is not None and not part.shared:
         chosen.append(("norm", module.get_submodule(part.norm), _pass_through))
     found = []

@@ -19,7 +19,7 @@ from surgery.errors import BadSettings, NoEmergence, SurgeryError
 from surgery.locate import IGNORED_LAST_LAYERS, Emergence
 from surgery.manifest import clean_numbers, tool_version, versions
 from surgery.plan import existing_parent
-from surgery.probe import HEATMAP_TOKENS, Evidence, LayerEvidence
+from surgery.probe import HEATMAP_TOKENS, Evidence
 from surgery.resources import resource_folder
 from surgery.write import replacing
 
@@ -161,19 +161,23 @@ def short(value: float | None) -> str:
 
 
 def _place(found: Evidence, name: str, layer: int, *, lowest: bool = False) -> str:
-    """A figure at the ME Layer and how it ranks among the layers."""
+    """A figure at the ME Layer and how it ranks among the layers before the last ones.
+
+    The last layers have an event of their own in many models (Appendix A).
+    """
     values = np.array([getattr(row, name) for row in found.rows])
     here = values[layer]
     if np.isnan(here):
         return "was not measured"
-    sign = -1 if lowest else 1
-    order = np.argsort(-sign * np.nan_to_num(values, nan=-sign * np.inf), kind="stable")
+    counted = values[: max(layer + 1, len(values) - IGNORED_LAST_LAYERS)]
+    where = "of all layers" if len(counted) == len(values) else "before the last two layers"
+    order = np.argsort(counted if lowest else -counted, kind="stable")
     rank = int(np.flatnonzero(order == layer)[0]) + 1
     word = "lowest" if lowest else "highest"
     if rank == 1:
-        return f"is {short(here)}, the {word} of all layers"
+        return f"is {short(here)}, the {word} {where}"
     best = int(order[0])
-    return f"is {short(here)} ({word}: {short(values[best])}, layer {best}; rank {rank})"
+    return f"is {short(here)} (rank {rank} {where}; {word}: {short(values[best])}, layer {best})"
 
 
 def sections(analysis: Analysis, folder: Path) -> list[Section]:
@@ -202,7 +206,11 @@ def sections(analysis: Analysis, folder: Path) -> list[Section]:
         "§3.1, Fig. 1 and 2; Appendix H, Fig. 11 to 20",
         "The sink against the other tokens after the norm in front of the FFN (WeightNorm), after "
         "the FFN, and after the layer."
-        + (_at(layer, found, "WeightNorm of the sink", "weight_norm_sink") if layer else ""),
+        + (
+            _at(layer, found, "WeightNorm of the sink", "weight_norm_sink")
+            if layer is not None
+            else ""
+        ),
         "parts.png",
         lambda path: figures.plot_parts(found, layer, path),
     )
@@ -343,8 +351,8 @@ def _direction_words(found: Evidence, layer: int | None) -> str:
     last = max(layer + 1, len(found.rows) - IGNORED_LAST_LAYERS)
     least = min(float(_pairs(found, row).min()) for row in range(layer + 1, last + 1))
     return (
-        f"{words} Mean cosine between the prompts: {before:.4f} before layer {layer}, {here:.4f} "
-        f"after it; no pair falls below {least:.4f} from there to layer {last - 1}. Three "
+        f"{words} Mean cosine between the prompts: {before:.5f} before layer {layer}, {here:.5f} "
+        f"after it; no pair falls below {least:.5f} from there to layer {last - 1}. Three "
         f"dimensions hold {three:.1%} of the sink's energy after layer {layer}."
     )
 
@@ -358,7 +366,7 @@ def _pairs(found: Evidence, row: int) -> Any:
 def _knockout_words(found: Evidence, layer: int) -> str:
     names = {
         "ffn": f"Without the FFN's output at layer {layer}",
-        "norm": f"With the norm before that FFN bypassed (its input passed through)",
+        "norm": "With the norm before that FFN bypassed (its input passed through)",
     }
     words = []
     for knockout in found.knockouts:
@@ -374,8 +382,9 @@ def _knockout_words(found: Evidence, layer: int) -> str:
     row = found.rows[layer]
     if any(k.part == "norm" and k.remaining[layer] > 1 for k in found.knockouts):
         words.append(
-            "The paper's models lose most of the activation without the norm. Here it grows: the "
-            f"norm scales the sink down, to {short(row.weight_norm_sink)}, before the FFN reads it."
+            "In the paper the activation survives without the norm, much reduced. Here it grows: "
+            f"the norm scales the sink down, to {short(row.weight_norm_sink)}, before the FFN reads "
+            "it."
         )
     return " ".join(words)
 
@@ -583,8 +592,3 @@ def table_row(one: Compared) -> dict[str, str]:
             factor = f"×{short(emergence.magnification)}"
             cells = (name, str(emergence.layer), factor, positions, depth, emergence.confidence)
     return dict(zip(headings, cells, strict=True))
-
-
-def rows_of(analysis: Analysis) -> tuple[LayerEvidence, ...]:
-    """The table by layer; empty without evidence."""
-    return analysis.evidence.rows if analysis.evidence is not None else ()

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from surgery.anatomy import Anatomy, AttentionInput, check_shapes, depth_of, width_of
+from surgery.anatomy import Anatomy, AttentionInput, check_depth, check_shapes, depth_of, width_of
 from surgery.checkpoint import Checkpoint
 from surgery.errors import Unsupported
 from surgery.loading import quiet
@@ -125,6 +125,7 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Anatomy
     Raises Unsupported, naming the consumer at fault, where attention has no normed input that
     could be masked.
     """
+    check_depth(checkpoint)
     model = _skeleton(checkpoint, trust_remote_code)
     config = checkpoint.config
     layers_path, layers = _decoder_layers(model, depth_of(config))

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from surgery.commands.options import analysis_options, output_options
 
+if TYPE_CHECKING:
+    from surgery.commands.terminal import Terminal
+
 
 @click.command()
-@click.argument("model")
+@click.argument("models", metavar="MODEL...", nargs=-1, required=True)
 @analysis_options
+@click.option(
+    "--rate",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="Share of the dimensions in the evidence: the largest gains, and the mask.",
+)
+@click.option(
+    "--evidence", is_flag=True, help="Print everything the paper measures, by layer; takes longer."
+)
+@click.option(
+    "--report",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write a page with all the evidence, its figures and numbers; takes longer.",
+)
 @click.option(
     "--plot",
     metavar="FILE.png",
@@ -20,41 +39,116 @@ from surgery.commands.options import analysis_options, output_options
     help="Draw the norms by layer.",
 )
 @output_options
-def command(model: str, plot: Path | None, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Locate the Massive Emergence Layer of MODEL and say why."""
-    from surgery.commands.terminal import Terminal, print_json
-    from surgery.conversion import analyze
+def command(
+    models: tuple[str, ...],
+    evidence: bool,
+    report: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Locate the Massive Emergence Layer of MODEL and say why.
+
+    With several models, compare them: the paper's Table 8 for your list.
+    """
+    from surgery.commands.terminal import Terminal
     from surgery.errors import BadSettings
 
     if plot is not None and not plot.absolute().parent.is_dir():
         raise BadSettings(f"The folder of {plot} does not exist.")
+    if report is not None:
+        from surgery.report import check_folder
+
+        check_folder(report)
     terminal = Terminal(quiet=quiet, as_json=as_json)
-    analysis = analyze(model, reporter=terminal, **options)
+    if len(models) == 1:
+        _one(models[0], evidence, report, plot, as_json, terminal, options)
+        return
+    if evidence:
+        raise BadSettings("--evidence is for one model; with several, only Table 8 is made.")
+    _several(models, report, plot, as_json, terminal, options)
+
+
+def _one(
+    model: str,
+    evidence: bool,
+    report: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    terminal: Terminal,
+    options: dict[str, Any],
+) -> None:
+    from surgery.commands.tables import evidence_tables
+    from surgery.commands.terminal import print_json
+    from surgery.conversion import analyze
+    from surgery.report import summary, write_report
+
+    wanted = evidence or report is not None
+    analysis = analyze(model, reporter=terminal, evidence=wanted, **options)
     emergence = analysis.emergence
-    targets = {scope: list(analysis.targets(scope)) for scope in ("first", "all")}
     if plot is not None:
         from surgery.figures import plot_layers
 
         plot_layers(emergence, plot, title=analysis.checkpoint.origin.name)
+    if report is not None:
+        terminal.say("Drawing the report")
+        write_report(analysis, report, {"models": [model], **options})
     if as_json:
-        print_json(
-            {
-                "model": analysis.checkpoint.origin.name,
-                "commit": analysis.checkpoint.origin.commit,
-                "model_type": analysis.anatomy.model_type,
-                "anatomy": analysis.anatomy.known_from,
-                "depth": analysis.anatomy.depth,
-                "hidden_size": analysis.anatomy.hidden_size,
-                "emergence": emergence.as_dict(),
-                "targets": targets,
-            }
-        )
+        data = summary(analysis)
+        if not evidence:
+            data.pop("evidence", None)
+        print_json(data)
     terminal.show(emergence)
+    if evidence and analysis.evidence is not None:
+        for table in evidence_tables(analysis.evidence):
+            terminal.out.print(table)
     if emergence.layer is not None:
+        first, every = analysis.targets("first"), analysis.targets("all")
         terminal.out.print(
-            f"target layers: --scope first → {targets['first']}, "
-            f"--scope all → {targets['all'][0]} to {targets['all'][-1]}"
+            f"target layers: --scope first → {list(first)}, --scope all → {every[0]} to {every[-1]}"
         )
+    _say_written(terminal, report, plot)
+    emergence.require()
+
+
+def _several(
+    models: tuple[str, ...],
+    report: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    terminal: Terminal,
+    options: dict[str, Any],
+) -> None:
+    from surgery.commands.tables import comparison
+    from surgery.commands.terminal import print_json
+    from surgery.report import (
+        compare,
+        comparison_curves,
+        comparison_data,
+        table_row,
+        write_comparison,
+    )
+
+    compared = compare(models, reporter=terminal, **options)
+    if plot is not None:
+        from surgery.figures import plot_comparison
+
+        plot_comparison(comparison_curves(compared), plot)
+    if report is not None:
+        write_comparison(compared, report, {"models": list(models), **options})
+    if as_json:
+        print_json({"models": comparison_data(compared)})
+    terminal.table(comparison([table_row(one) for one in compared]))
+    _say_written(terminal, report, plot)
+    # The others are reported all the same; the exit code says that the list is not complete.
+    for one in compared:
+        if one.error is not None:
+            raise one.error
+
+
+def _say_written(terminal: Terminal, report: Path | None, plot: Path | None) -> None:
     if plot is not None:
         terminal.say(f"Figure written to {plot}")
-    emergence.require()
+    if report is not None:
+        terminal.say(f"Report written to {report / 'index.html'}")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from surgery.commands.terminal import safe
+from surgery.commands.terminal import printable, safe
 from surgery.locate import Emergence
 from surgery.plan import Plan
 from surgery.verification import Verification
+
+if TYPE_CHECKING:
+    from surgery.probe import Evidence
 
 
 def tables(result: Any) -> Iterator[RenderableType]:
@@ -76,6 +79,45 @@ def _emergence(found: Emergence) -> Iterator[RenderableType]:
     )
     lines.append(f"sink position: {positions}")
     yield Text("\n".join(lines))
+
+
+def evidence_tables(found: Evidence) -> Iterator[RenderableType]:
+    """What the table of an Emergence does not show, in tables narrow enough for a terminal."""
+    from surgery.report import COLUMNS
+
+    shown = {"sink", "others", "magnification"}
+    columns = [column for column in COLUMNS if column[1] not in shown]
+    for part in (columns[:7], columns[7:]):
+        table = Table(
+            title="Evidence by layer (medians over the prompts)",
+            title_justify="left",
+            box=SIMPLE_HEAD,
+        )
+        for heading in ("layer", *(heading for heading, *_ in part)):
+            table.add_column(heading, justify="right")
+        for row in found.rows:
+            table.add_row(str(row.layer), *(number(getattr(row, name)) for _, name, _ in part))
+        yield table
+        yield Text("\n".join(f"{heading}: {meaning}" for heading, _, meaning in part))
+    if found.mask is not None:
+        effect = found.mask
+        yield Text(
+            f"the mask at layer {effect.layer}: S holds {effect.energy:.1%} of the sink's energy; "
+            f"cosine before and after {effect.cosine:.4f}; key changes by {number(effect.key)}, "
+            f"value by {number(effect.value)} of its norm"
+        )
+    for note in found.notes:
+        yield Text(f"note: {printable(note)}")
+
+
+def comparison(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Models side by side, as in the paper's Table 8. rows: cells by heading."""
+    table = Table(title="Massive Emergence Layers", title_justify="left", box=SIMPLE_HEAD)
+    for heading in rows[0]:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(safe(cell) for cell in row.values()))
+    return table
 
 
 def _plan(plan: Plan) -> RenderableType:

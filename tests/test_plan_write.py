@@ -1,0 +1,688 @@
+"""What may be written where, and that it is written whole, exact, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import stat
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import surgery
+from surgery import dtypes, fold, write
+from surgery.anatomy import describe
+from surgery.checkpoint import Checkpoint
+from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
+from surgery.fold import Edit, SinkDirection, make_edits
+from surgery.mask import Mask
+from surgery.plan import CARD, FIGURE, MANIFEST, Plan, make_plan
+from surgery.write import copy_plan, staging
+
+Tiny = Callable[..., Path]
+Snapshot = Callable[[Path], dict[str, bytes | None]]
+
+GENERATED = {CARD, MANIFEST, FIGURE}
+LAYERS = (4, 5)
+
+
+def planned(folder: Path, output: Path, name: str = "qkv", **options: Any) -> Plan:
+    """A plan that masks dimensions 3 and 60 of layers 4 and 5."""
+    checkpoint = surgery.resolve(str(folder))
+    anatomy = describe(checkpoint)
+    assert anatomy is not None
+    mask = Mask(64, "weight", 1.0, dict.fromkeys(LAYERS, (3, 60)))
+    sinks = None
+    if name == "sink":
+        generator = np.random.default_rng(0)
+        sinks = {
+            layer: SinkDirection(
+                generator.normal(size=2).astype(np.float32),
+                generator.normal(size=64).astype(np.float32),
+            )
+            for layer in LAYERS
+        }
+    return make_plan(checkpoint, make_edits(anatomy, mask, name, sinks), output, **options)
+
+
+def tensors_of(folder: Path) -> dict[str, str]:
+    """sha256 of every tensor's bytes, read by the safetensors library."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - no mapping
+                raw = file.get_tensor(name).contiguous().view(torch.uint8).numpy().tobytes()
+                found[name] = hashlib.sha256(raw).hexdigest()
+    return found
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def left_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# --------------------------------------------------------------------------------------------
+# Where the output may be
+# --------------------------------------------------------------------------------------------
+
+
+def refused(folder: Path, output: Path, **options: Any) -> str:
+    """The sentence with which an output is refused, by the plan and by the whole conversion."""
+    with pytest.raises(BadSettings) as by_plan:
+        planned(folder, output, **options)
+    with pytest.raises(BadSettings) as by_convert:
+        surgery.convert(str(folder), layer=3, check=False, output=output, **options)
+    assert str(by_plan.value) == str(by_convert.value)
+    assert "\n" not in str(by_plan.value)
+    return str(by_plan.value)
+
+
+def test_output_exists(tiny: Tiny, tmp_path: Path, snapshot: Snapshot) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    assert "exists already" in refused(tiny(), output)
+    (output / "mine.txt").write_text("mine")
+    assert "exists already" in refused(tiny(), output)
+    assert "surgery did not write" in refused(tiny(), output, overwrite=True)
+    assert snapshot(tmp_path) == {"out": None, "out/mine.txt": b"mine"}
+
+
+def test_output_is_a_file(tiny: Tiny, tmp_path: Path, snapshot: Snapshot) -> None:
+    output = tmp_path / "out"
+    output.write_text("mine")
+    assert "exists already" in refused(tiny(), output)
+    assert "not a directory" in refused(tiny(), output, overwrite=True)
+    assert "not a directory" in refused(tiny(), output / "below")
+    assert snapshot(tmp_path) == {"out": b"mine"}
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_output_is_a_link(tiny: Tiny, tmp_path: Path, broken: bool) -> None:
+    output, target = tmp_path / "out", tmp_path / "target"
+    if not broken:
+        surgery.convert(str(tiny()), layer=3, check=False, output=target)
+    output.symlink_to(target)
+    assert "exists already" in refused(tiny(), output)
+    assert "not a directory" in refused(tiny(), output, overwrite=True)
+    assert output.is_symlink()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_output_and_source_overlap(
+    tiny_copy: Tiny, tmp_path: Path, overwrite: bool, snapshot: Snapshot
+) -> None:
+    folder = tiny_copy()
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    before = snapshot(tmp_path)
+    for output in (folder, folder / ".", link, folder / ".." / folder.name):
+        assert "the source itself" in refused(folder, output, overwrite=overwrite)
+        assert "the source itself" in refused(link, output, overwrite=overwrite)
+    for output in (folder / "out", folder.parent, tmp_path, link / "a" / "b"):
+        assert "inside one another" in refused(folder, output, overwrite=overwrite)
+    assert snapshot(tmp_path) == before
+
+
+def test_unusable_names(tiny: Tiny, tmp_path: Path) -> None:
+    for name in ("x" * 300, "x" * 250, "x" * 5000):
+        with pytest.raises(SurgeryError) as error:
+            surgery.convert(str(tiny()), layer=3, check=False, output=tmp_path / name)
+        assert error.value.exit_code == 2
+    assert left_in(tmp_path) == set()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_output_in_a_folder_that_is_not_writable(tiny: Tiny, tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    parent.mkdir(mode=0o500)
+    assert "not writable" in refused(tiny(), parent / "out")
+
+
+def test_not_writable_by_report(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same for root, who may write everywhere: as if the system said no."""
+    monkeypatch.setattr(os, "access", lambda *_args, **_kwargs: False)
+    assert "not writable" in refused(tiny(), tmp_path / "out")
+
+
+def test_parents_are_made(tiny: Tiny, tmp_path: Path) -> None:
+    surgery.convert(str(tiny()), layer=3, check=False, output=tmp_path / "a" / "b" / "out")
+    assert left_in(tmp_path / "a" / "b") == {"out"}
+
+
+def test_overwrite_replaces_an_earlier_conversion(tiny: Tiny, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    surgery.convert(str(tiny("qwen2")), layer=3, check=False, output=output, rate=0.5)
+    (output / "notes.txt").write_text("put there afterwards")
+    surgery.convert(str(tiny()), layer=3, check=False, output=output, overwrite=True)
+    assert left_in(tmp_path) == {"out"}
+    assert json.loads((output / "config.json").read_text())["model_type"] == "llama"
+    assert json.loads((output / MANIFEST).read_text())["settings"]["rate"] == 0.1
+    assert not (output / "notes.txt").exists()
+
+
+def test_overwrite_of_an_empty_folder(tiny: Tiny, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    surgery.convert(str(tiny()), layer=3, check=False, output=output, overwrite=True)
+    assert (output / MANIFEST).is_file()
+
+
+def test_output_that_appears_while_writing(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot
+) -> None:
+    """Somebody else's folder is not replaced, with --overwrite neither."""
+    output = tmp_path / "out"
+    copy = write.copy_plan
+
+    def slow(*args: Any) -> Any:
+        done = copy(*args)
+        output.mkdir()
+        (output / "theirs.txt").write_text("theirs")
+        return done
+
+    monkeypatch.setattr("surgery.conversion.copy_plan", slow)
+    for overwrite in (False, True):
+        with pytest.raises(BadSettings):
+            surgery.convert(
+                str(tiny()), layer=3, check=False, output=output, overwrite=overwrite
+            )
+        assert snapshot(tmp_path) == {"out": None, "out/theirs.txt": b"theirs"}
+        shutil.rmtree(output)
+
+
+# --------------------------------------------------------------------------------------------
+# What the plan refuses and says
+# --------------------------------------------------------------------------------------------
+
+
+def test_disk_too_small(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    size = sum(path.stat().st_size for path in tiny().iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**12, 10**12, size // 2))
+    assert "free; choose an --output on a larger disk" in refused(tiny(), tmp_path / "out")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**12, 0, size + 2**26))
+    assert planned(tiny(), tmp_path / "out").bytes_written <= size
+    assert left_in(tmp_path) == set()
+
+
+def test_plan_is_what_is_written(tiny: Tiny, tmp_path: Path) -> None:
+    plan = planned(tiny("llama", shards=3), tmp_path / "out")
+    summary = plan.summary()
+    json.dumps(summary)
+    assert summary["bytes_written"] == sum(file["bytes"] for file in summary["files"])
+    assert summary["bytes_edited"] == 2 * 4 * 64 * (64 + 32 + 32)
+    assert summary["tensors_total"] == len(tensors_of(tiny("llama", shards=3)))
+    assert [edit["tensor"] for edit in summary["tensors_edited"]] == [
+        f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in LAYERS for name in "qkv"
+    ]
+    patched = {file["name"] for file in summary["files"] if file["action"] == "patch"}
+    assert patched == {edit["file"] for edit in summary["tensors_edited"]}
+    with staging(plan.output, plan.checkpoint.folder, overwrite=False) as target:
+        written = copy_plan(plan, target)
+    assert [file.name for file in written] == [file["name"] for file in summary["files"]]
+    assert [file.size for file in written] == [file["bytes"] for file in summary["files"]]
+    assert left_in(tmp_path / "out") == {file.name for file in written}
+
+
+def test_planning_touches_nothing(tiny: Tiny, tmp_path: Path) -> None:
+    planned(tiny(), tmp_path / "a" / "b" / "out")
+    assert left_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize(
+    ("edits", "kind", "word"),
+    [
+        ([Edit("nothing", 0, "gain", (1,), 1.0)], BadCheckpoint, "no tensor nothing"),
+        ([Edit("a", 0, "gain", (1,), 1.0)] * 2, BadCheckpoint, "edited twice"),
+        ([Edit("a", 0, "gain", (4,), 1.0)], BadCheckpoint, "too small for the mask"),
+        ([Edit("a", 0, "columns", (1,), 1.0)], BadCheckpoint, "too small for the mask"),
+        ([Edit("b", 0, "columns", (2,), 1.0)], BadCheckpoint, "too small for the mask"),
+        ([Edit("b", 0, "columns", (3,), 1.0, axis=0)], BadCheckpoint, "too small for the mask"),
+        ([Edit("i", 0, "gain", (1,), 1.0)], Unsupported, "stored as I8"),
+    ],
+)
+def test_edits_that_the_headers_contradict(
+    edits: list[Edit], kind: type[SurgeryError], word: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    tensors = {"a": torch.ones(4), "b": torch.ones(3, 2), "i": torch.ones(4, dtype=torch.int8)}
+    save_file(tensors, folder / "model.safetensors")
+    checkpoint = surgery.resolve(str(folder))
+    with pytest.raises(kind, match=word):
+        make_plan(checkpoint, tuple(edits), tmp_path / "out")
+
+
+# --------------------------------------------------------------------------------------------
+# Bytes
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "norm"),
+        ("llama", "qkv"),
+        ("llama", "sink"),
+        ("gpt2", "norm"),
+        ("gpt2", "qkv"),
+        ("gpt2", "sink"),
+        ("phi3", "qkv"),
+        ("gpt_neox", "norm"),
+        ("qwen3_moe", "qkv"),
+    ],
+)
+def test_only_planned_tensors_differ(
+    family: str, name: str, shards: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    source, output = tiny(family, shards=shards), tmp_path / "out"
+    plan = planned(source, output, name)
+    with staging(output, source, overwrite=False) as target:
+        written = copy_plan(plan, target)
+    before, after = tensors_of(source), tensors_of(output)
+    assert set(before) == set(after)
+    changed = {tensor for tensor in before if before[tensor] != after[tensor]}
+    assert changed == {edit.tensor for edit in plan.edits}
+    per_layer = {"norm": 2 if family in ("gpt2", "gpt_neox") else 1}
+    assert len(changed) == 2 * per_layer.get(
+        name, 1 if family in ("gpt2", "phi3", "gpt_neox") else 3
+    )
+    # Headers, and with them all offsets, are the source's.
+    for path in source.glob("*.safetensors"):
+        length = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        assert (output / path.name).read_bytes()[:length] == path.read_bytes()[:length]
+    # Side files, the index among them, are the source's.
+    for path in source.iterdir():
+        if path.name not in GENERATED and path.suffix != ".safetensors":
+            assert (output / path.name).read_bytes() == path.read_bytes()
+    assert left_in(output) == left_in(source) - GENERATED
+    # And the hashes are those of the files.
+    for file in written:
+        assert file.sha256 == sha256(output / file.name)
+        assert file.source_sha256 == sha256(source / file.name)
+        assert file.size == (output / file.name).stat().st_size
+        edited_here = any(
+            plan.checkpoint.tensors[edit.tensor].file == file.name for edit in plan.edits
+        )
+        assert (file.sha256 != file.source_sha256) == edited_here
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["norm", "qkv", "sink"])
+def test_stored_formats(dtype: torch.dtype, name: str, tiny: Tiny, tmp_path: Path) -> None:
+    """The written tensor is the edit of the stored one, rounded once; its format stays."""
+    source, output = tiny("gemma2", dtype=dtype), tmp_path / "out"
+    plan = planned(source, output, name)
+    with staging(output, source, overwrite=False) as target:
+        copy_plan(plan, target)
+    stored, edited = (load_file(folder / "model.safetensors") for folder in (source, output))
+    for edit in plan.edits:
+        assert edited[edit.tensor].dtype == dtype
+        one, other = (found[edit.tensor].double().numpy() for found in (stored, edited))
+        exact = edit.apply(one, "F64")
+        format_name = "BF16" if dtype == torch.bfloat16 else "F16"
+        np.testing.assert_array_equal(
+            other, dtypes.round_once(exact, format_name).astype(np.float64)
+        )
+        if name == "norm":
+            assert (other[[3, 60]] == -1.0).all()
+
+
+def test_side_files_in_folders_and_of_every_kind(tiny_copy: Tiny, tmp_path: Path) -> None:
+    source, output = tiny_copy(), tmp_path / "out"
+    (source / "assets" / "deep").mkdir(parents=True)
+    (source / "assets" / "deep" / "x.png").write_bytes(bytes(range(256)) * 9000)
+    (source / "empty.txt").write_bytes(b"")
+    surgery.convert(str(source), layer=3, check=False, output=output)
+    assert sha256(output / "assets/deep/x.png") == sha256(source / "assets/deep/x.png")
+    assert (output / "empty.txt").read_bytes() == b""
+
+
+def copied(plan: Plan, snapshot: Snapshot) -> tuple[dict[str, bytes | None], list[Any]]:
+    with staging(plan.output, plan.checkpoint.folder, overwrite=False) as target:
+        written = copy_plan(plan, target)
+    found = snapshot(plan.output)
+    shutil.rmtree(plan.output)
+    return found, written
+
+
+@pytest.mark.parametrize(
+    "code", [errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM, None]
+)
+def test_copying_by_reading(
+    code: int | None,
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    snapshot: Snapshot,
+) -> None:
+    """Where the kernel cannot copy, and where there is no such call at all (code None)."""
+    plan = planned(tiny("llama", shards=3), tmp_path / "out")
+    expected = copied(plan, snapshot)
+    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    if code is None:
+        monkeypatch.delattr(os, "copy_file_range")
+    else:
+
+        def cannot(*_args: Any) -> int:
+            raise OSError(code, "cannot")
+
+        monkeypatch.setattr(os, "copy_file_range", cannot)
+    assert copied(plan, snapshot) == expected
+
+
+def test_copying_by_reflink(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot
+) -> None:
+    plan = planned(tiny("llama", shards=3), tmp_path / "out")
+    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    expected = copied(plan, snapshot)
+
+    def share(reader: int, writer: int) -> bool:
+        os.pwrite(writer, os.pread(reader, 10**9, 0), 0)
+        return True
+
+    monkeypatch.setattr(write, "_reflink", share)
+    monkeypatch.setattr(write, "_copy_range", None)  # not needed
+    assert copied(plan, snapshot) == expected
+
+
+@pytest.mark.parametrize(("step", "read"), [(4096, 1000), (777, 64), (10**6, 7001)])
+def test_any_step_size(
+    step: int,
+    read: int,
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    snapshot: Snapshot,
+) -> None:
+    """Tensors straddle the steps, hashing runs behind: the bytes and hashes are the same."""
+    plan = planned(tiny("llama", layers=6), tmp_path / "out", "sink")
+    expected = copied(plan, snapshot)
+    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(write, "STEP", step)
+    monkeypatch.setattr(write, "_READ", read)
+    assert copied(plan, snapshot) == expected
+
+
+def test_short_reads_and_writes(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot
+) -> None:
+    """The system may move less than it was asked to."""
+    plan = planned(tiny("llama", layers=6), tmp_path / "out")
+    expected = copied(plan, snapshot)
+    pwrite, preadv, pread = os.pwrite, os.preadv, os.pread
+
+    def cannot(*_args: Any) -> int:
+        raise OSError(errno.EXDEV, "cannot")
+
+    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(os, "copy_file_range", cannot)
+    monkeypatch.setattr(os, "pwrite", lambda fd, raw, at: pwrite(fd, bytes(raw[:5000]), at))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:4000]], at))
+    monkeypatch.setattr(os, "pread", lambda fd, count, at: pread(fd, min(count, 6000), at))
+    found = copied(plan, snapshot)
+    assert found == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["qkv", "sink"])
+def test_memory_is_bounded_by_a_block(
+    family: str,
+    name: str,
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No more of an edited tensor is in memory than a block of rows, and the bytes are the same."""
+    source = tiny(family, dtype=torch.bfloat16)
+    plan = planned(source, tmp_path / "whole", name)
+    with staging(plan.output, source, overwrite=False) as target:
+        whole = copy_plan(plan, target)
+    sizes: list[int] = []
+    decode = dtypes.decode
+
+    def spy(raw: Any, dtype: str, shape: tuple[int, ...]) -> Any:
+        sizes.append(len(raw) // 2)
+        return decode(raw, dtype, shape)
+
+    monkeypatch.setattr(dtypes, "decode", spy)
+    monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 500)
+    plan = planned(source, tmp_path / "blocks", name)
+    with staging(plan.output, source, overwrite=False) as target:
+        blocks = copy_plan(plan, target)
+    assert max(sizes) <= 500
+    assert len(sizes) > 2 * len(plan.edits)
+    assert [file.sha256 for file in blocks] == [file.sha256 for file in whole]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077, 0o002])
+def test_modes_obey_the_umask(umask: int, tiny_copy: Tiny, tmp_path: Path) -> None:
+    source, output = tiny_copy(), tmp_path / "out"
+    (source / "assets").mkdir()
+    (source / "assets" / "x").write_text("x")
+    previous = os.umask(umask)
+    try:
+        surgery.convert(str(source), layer=3, check=False, output=output)
+    finally:
+        os.umask(previous)
+    for path in (output, *output.rglob("*")):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == (0o777 if path.is_dir() else 0o666) & ~umask, path
+
+
+# --------------------------------------------------------------------------------------------
+# When something goes wrong
+# --------------------------------------------------------------------------------------------
+
+
+def damaged(folder: Path, tensor: str, value: float) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[tensor].view(-1)[5] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["norm", "qkv"])
+def test_values_that_are_not_finite(
+    value: float, name: str, tiny_copy: Tiny, tmp_path: Path
+) -> None:
+    """Wherever they first matter: when ranking gains, or when editing a weight."""
+    folder = tiny_copy()
+    tensor = "input_layernorm" if name == "norm" else "self_attn.k_proj"
+    damaged(folder, f"model.layers.4.{tensor}.weight", value)
+    for select in ("weight", "random"):
+        with pytest.raises(BadCheckpoint, match=f"{tensor}.weight holds values that are not fin"):
+            surgery.convert(
+                str(folder),
+                layer=3,
+                check=False,
+                fold=name,
+                select=select,
+                output=tmp_path / "out",
+            )
+    assert left_in(tmp_path) == {folder.parent.name}
+
+
+def test_an_edit_that_does_not_fit_the_format(tiny_copy: Tiny, tmp_path: Path) -> None:
+    folder, output = tiny_copy("llama", dtype=torch.float16), tmp_path / "out"
+    plan = planned(folder, output, "sink")
+    huge = SinkDirection(np.full(2, 1e30, np.float32), np.ones(64, np.float32))
+    edits = tuple(
+        Edit(e.tensor, e.layer, e.kind, e.dimensions, 1.0, sink=huge) for e in plan.edits
+    )
+    plan = make_plan(plan.checkpoint, edits, output)
+    with (
+        pytest.raises(BadCheckpoint, match="does not fit into F16"),
+        staging(output, folder, overwrite=False) as target,
+    ):
+        copy_plan(plan, target)
+    assert left_in(tmp_path) == {folder.parent.name}
+
+
+def interrupted(
+    tmp_path: Path, source: Path, error: type[BaseException], match: str | None = None
+) -> None:
+    """A conversion that ends with this error, and leaves nothing but what was there."""
+    before = left_in(tmp_path)
+    with pytest.raises(error, match=match):
+        surgery.convert(str(source), layer=3, check=False, output=tmp_path / "a" / "out")
+    assert left_in(tmp_path) == before
+
+
+def test_source_that_shrinks(
+    tiny_copy: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_copy()
+    file = source / "model.safetensors"
+    copy_range = write._copy_range
+
+    def shrinking(reader: int, writer: int, count: int, position: int) -> int:
+        if position and os.fstat(reader).st_size == file.stat().st_size:
+            os.truncate(file, position)
+        return copy_range(reader, writer, count, position)
+
+    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(write, "_copy_range", shrinking)
+    monkeypatch.setattr(write, "STEP", 100_000)
+    interrupted(tmp_path, source, BadCheckpoint, "became shorter while it was read")
+
+
+@pytest.mark.parametrize("change", [-1, 1, -10**6])
+def test_source_that_changed_since_the_plan(
+    change: int, tiny_copy: Tiny, tmp_path: Path
+) -> None:
+    source, output = tiny_copy(), tmp_path / "out"
+    plan = planned(source, output)
+    file = source / "model.safetensors"
+    os.truncate(file, max(0, file.stat().st_size + change))
+    with (
+        pytest.raises(BadCheckpoint, match="changed while it was read"),
+        staging(output, source, overwrite=False) as target,
+    ):
+        copy_plan(plan, target)
+    assert left_in(tmp_path) == {source.parent.name}
+
+
+def test_source_file_that_vanished(
+    tiny_copy: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny_copy()
+    copy = write.copy_plan
+
+    def after_deletion(plan: Plan, *rest: Any) -> Any:
+        (source / "tokenizer.json").unlink()
+        return copy(plan, *rest)
+
+    monkeypatch.setattr("surgery.conversion.copy_plan", after_deletion)
+    interrupted(tmp_path, source, SurgeryError)
+
+
+@pytest.mark.parametrize(
+    ("place", "raised", "expected"),
+    [
+        ("surgery.write._Patches.apply", RuntimeError("bug"), RuntimeError),
+        ("surgery.write._Patches.apply", KeyboardInterrupt(), KeyboardInterrupt),
+        ("surgery.write._Hasher._hash", RuntimeError("bug"), RuntimeError),
+        ("surgery.write._copy", OSError(errno.ENOSPC, "No space left on device"), BadSettings),
+        ("surgery.write._sync_tree", OSError(errno.EIO, "Input/output error"), BadSettings),
+        ("surgery.conversion.render_card", RuntimeError("bug"), RuntimeError),
+        ("surgery.conversion.write_manifest", KeyboardInterrupt(), KeyboardInterrupt),
+        ("surgery.conversion.verify_edits", MemoryError(), MemoryError),
+        ("tempfile.mkdtemp", OSError(errno.EROFS, "Read-only file system"), BadSettings),
+    ],
+)
+def test_failure_leaves_nothing(
+    place: str,
+    raised: BaseException,
+    expected: type[BaseException],
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_args: Any, **_kwargs: Any) -> Any:
+        raise raised
+
+    monkeypatch.setattr(place, fail)
+    interrupted(tmp_path, tiny(), expected)
+
+
+def test_a_written_tensor_that_is_wrong_is_noticed(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that stores something else, say: the checkpoint never appears."""
+    honest = write._Patches.apply
+
+    def wrong(self: Any, reader: int, writer: int, copied: int) -> int:
+        done = honest(self, reader, writer, copied)
+        if self.first < copied:
+            os.pwrite(writer, b"\x01", self.first + 4)
+        return done
+
+    monkeypatch.setattr(write._Patches, "apply", wrong)
+    with pytest.raises(SurgeryError) as error:
+        surgery.convert(str(tiny()), layer=3, check=False, output=tmp_path / "out")
+    assert error.value.exit_code == 5
+    assert left_in(tmp_path) == set()
+
+
+def test_failure_leaves_the_earlier_output(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot
+) -> None:
+    output = tmp_path / "out"
+    surgery.convert(str(tiny()), layer=3, check=False, output=output)
+    before = snapshot(tmp_path)
+    rename = os.rename
+
+    def once_only(source: Any, target: Any) -> None:
+        if str(source).endswith(".part"):
+            raise OSError(errno.EACCES, "Permission denied")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", once_only)
+    with pytest.raises(SurgeryError, match="Permission denied"):
+        surgery.convert(
+            str(tiny()), layer=3, check=False, rate=0.5, output=output, overwrite=True
+        )
+    assert snapshot(tmp_path) == before
+
+
+def test_progress_counts_every_byte(tiny: Tiny, tmp_path: Path) -> None:
+    plan = planned(tiny("llama", shards=3), tmp_path / "out")
+    seen: list[int] = []
+    with staging(plan.output, plan.checkpoint.folder, overwrite=False) as target:
+        copy_plan(plan, target, seen.append)
+    assert sum(seen) == plan.bytes_written
+
+
+def test_the_source_is_never_written(tiny: Tiny, tmp_path: Path, snapshot: Snapshot) -> None:
+    source = tiny()
+    before = snapshot(source)
+    times = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
+    surgery.convert(str(source), layer=3, output=tmp_path / "out", check_tokens=100)
+    assert snapshot(source) == before
+    assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == times
+
+
+def test_reads_no_more_than_it_needs(tiny: Tiny) -> None:
+    """Opening a checkpoint reads headers; the weights may be gone for all it cares."""
+    checkpoint = surgery.resolve(str(tiny()))
+    assert isinstance(checkpoint, Checkpoint)
+    assert checkpoint.size == (tiny() / "model.safetensors").stat().st_size

@@ -1,0 +1,110 @@
+"""Streaming analysis: the same layer and norms as the full forward pass, and far less to read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from hub_server import HubServer
+from script import run_script
+
+import surgery
+from surgery import stream, texts
+from surgery.checkpoint import Origin, open_checkpoint
+from surgery.conversion import study
+from surgery.errors import BadSettings
+from surgery.loading import load_model, load_tokenizer
+from surgery.locate import agree
+from surgery.observe import layer_norms
+
+FAMILIES = sorted(set(tiny_models.FAMILIES) - {"olmo2"})  # refused: it has nothing to locate for
+LAYERS, PLANTED = 16, 2
+
+
+def prepared(family: str, folder: Path):
+    path = tiny_models.save(family, folder / family, layer=PLANTED, layers=LAYERS)
+    checkpoint = open_checkpoint(path, Origin("directory", family, family))
+    tokenizer = load_tokenizer(path)
+    prompts = texts.encode(tokenizer, texts.bundled("calibration")[:6], 300)
+    return checkpoint, study(checkpoint), prompts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_equals_the_full_forward_pass(family: str, tmp_path: Path) -> None:
+    checkpoint, anatomy, prompts = prepared(family, tmp_path)
+    full = layer_norms(load_model(checkpoint.folder), anatomy, prompts)
+    streamed = stream.LayerStream(checkpoint, anatomy).run(prompts, lambda _norms: False)
+    for one, other in zip(full, streamed, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-3)
+    found = stream.stream_emergence(checkpoint, anatomy, prompts)
+    assert found.emergence.layer == agree(full).layer == PLANTED
+    assert found.layers_run == PLANTED + 1 + stream.PATIENCE
+    assert found.bytes_read < 0.85 * found.bytes_total
+    assert (
+        stream.stream_emergence(checkpoint, anatomy, prompts, all_layers=True).layers_run == LAYERS
+    )
+
+
+def test_bfloat16_finds_the_same_layer(tmp_path: Path) -> None:
+    checkpoint, anatomy, prompts = prepared("llama", tmp_path)
+    found = stream.stream_emergence(checkpoint, anatomy, prompts, dtype="bfloat16")
+    exact = stream.stream_emergence(checkpoint, anatomy, prompts)
+    assert found.emergence.layer == exact.emergence.layer == PLANTED
+    assert found.emergence.magnification == pytest.approx(exact.emergence.magnification, rel=0.05)
+
+
+def test_a_model_without_emergence_is_read_to_the_end(tmp_path: Path) -> None:
+    path = tiny_models.save("llama", tmp_path / "none", layers=LAYERS, planted=False)
+    analysis = surgery.analyze(str(path), stream=True)
+    assert analysis.emergence.layer is None
+    assert analysis.streamed is not None
+    assert analysis.streamed.layers_run == LAYERS
+
+
+def test_a_fading_rise_is_not_established() -> None:
+    """An early rise that has lasted less than PATIENCE layers does not stop the stream."""
+    others = np.full((LAYERS + 1, 5), 10.0)
+    rising = others.copy()
+    rising[3:, 0] = 1000.0
+    seen = [stream.established([rising[: done + 1]], LAYERS) for done in range(1, LAYERS + 1)]
+    assert seen.index(True) + 1 == 3 + stream.PATIENCE
+    fading = rising.copy()
+    fading[8:, 0] = 10.0
+    assert not any(stream.established([fading[: done + 1]], LAYERS) for done in range(9, LAYERS))
+
+
+def test_on_the_hub_without_downloading(tmp_path: Path) -> None:
+    source = tiny_models.save("qwen3", tmp_path / "model", layer=PLANTED, layers=LAYERS, shards=3)
+    with HubServer(tmp_path / "server") as server:
+        server.add_repo("some/model", source)
+        env = {**server.env(), "HF_HOME": str(tmp_path / "home")}
+        done = run_script("analyze", "some/model", "--json", env=env)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        assert found["emergence"]["layer"] == PLANTED
+        assert found["streamed"]["bytes_read"] < 0.85 * found["streamed"]["bytes_total"]
+        weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        assert found["streamed"]["bytes_total"] == weights
+        cached = [path.name for path in (tmp_path / "home").rglob("*.safetensors")]
+        assert cached == []
+        assert server.bytes_sent < 0.9 * weights + 200_000
+        # convert downloads what it needs, and then analyze reads the files on disk.
+        made = run_script(
+            *("convert", "some/model", "--no-check", "--layer", "2", "--quiet"),
+            env=env,
+            cwd=tmp_path,
+        )
+        assert made.returncode == 0, made.stderr
+        sent = server.bytes_sent
+        again = run_script("analyze", "some/model", "--json", env=env)
+        assert json.loads(again.stdout)["streamed"] is None
+        assert server.bytes_sent - sent < 100_000
+
+
+def test_evidence_needs_the_whole_model(tmp_path: Path) -> None:
+    path = tiny_models.save("llama", tmp_path / "model", layer=PLANTED, layers=4)
+    with pytest.raises(BadSettings, match="whole model"):
+        surgery.analyze(str(path), stream=True, evidence=True)
