@@ -33,7 +33,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/ready-test: $(VENV)/ready
-	$(PIP) -e '.[gguf,test,lint]'
+	$(PIP) -e '.[gguf,sweep,test,lint]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade \
 	  --target $(OLD) transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
 	touch $@

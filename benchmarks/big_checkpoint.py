@@ -1,4 +1,4 @@
-"""A sharded Llama checkpoint of any size, made of random finite bfloat16: `big_checkpoint.py DIR`.
+"""A Llama checkpoint of any size, made of random finite bfloat16: `big_checkpoint.py DIR`.
 
 Written directly, block by block, because going through transformers would need the memory that
 the benchmark is about.
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 
-SHARDS = 8
 _BLOCK = 8 * 1024 * 1024
 # Bit 14 is the exponent's highest: without it every pattern is a finite number below 2.
 _FINITE = 0xBFFF
@@ -78,14 +77,14 @@ def shape_for(gigabytes: float) -> Shape:
     return Shape(**{**vars(chosen), "depth": depth})
 
 
-def make(folder: Path, gigabytes: float) -> None:
+def make(folder: Path, gigabytes: float, shards: int = 8) -> None:
     """Write the checkpoint: shards, index, config.json and the least tokenizer that loads."""
     shape = shape_for(gigabytes)
     random = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
     weight_map: dict[str, str] = {}
-    for number, tensors in enumerate(_shards(shape), start=1):
-        name = f"model-{number:05d}-of-{SHARDS:05d}.safetensors"
+    for number, tensors in enumerate(_shards(shape, shards), start=1):
+        name = f"model-{number:05d}-of-{shards:05d}.safetensors"
         _write_shard(folder / name, tensors, random)
         weight_map |= dict.fromkeys((tensor for tensor, _shape in tensors), name)
     index = {"metadata": {"total_size": shape.size()}, "weight_map": weight_map}
@@ -98,13 +97,13 @@ def make(folder: Path, gigabytes: float) -> None:
     )
 
 
-def _shards(shape: Shape) -> list[list[tuple[str, tuple[int, ...]]]]:
+def _shards(shape: Shape, count: int) -> list[list[tuple[str, tuple[int, ...]]]]:
     """The tensors in order, cut into shards of about equal size."""
-    shards: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(SHARDS)]
+    shards: list[list[tuple[str, tuple[int, ...]]]] = [[] for _ in range(count)]
     total, position = shape.size(), 0
     for name, dimensions in shape.tensors():
         middle = position + _bytes(dimensions) // 2
-        shards[SHARDS * middle // total].append((name, dimensions))
+        shards[count * middle // total].append((name, dimensions))
         position += _bytes(dimensions)
     return shards
 
@@ -151,7 +150,7 @@ def _config(shape: Shape) -> dict[str, object]:
     }
 
 
-_TOKENIZER = {
+_TOKENIZER: dict[str, object] = {
     "version": "1.0",
     "truncation": None,
     "padding": None,
@@ -173,8 +172,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=3.2)
+    parser.add_argument("--shards", type=int, default=8)
     arguments = parser.parse_args()
-    make(arguments.folder, arguments.gigabytes)
+    make(arguments.folder, arguments.gigabytes, arguments.shards)
 
 
 if __name__ == "__main__":

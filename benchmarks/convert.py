@@ -15,7 +15,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from processes import Run, run, timed, wait_for_idle
 
 HERE = Path(__file__).resolve().parent
 LAYER = 1
@@ -33,19 +34,11 @@ HELP_REPEATS = 5
 COPY, SYNCED, HAND, SURGERY, HASH = "a", "a'", "b", "c", "d"
 LABELS = {
     COPY: "cp -r",
-    SYNCED: "cp -r, then sync of every file",
+    SYNCED: "cp -r, then sync OUT/* OUT",
     HAND: "transformers: load, edit, save",
     SURGERY: "surgery convert --no-check",
-    HASH: "sha256, one thread (in process)",
+    HASH: "sha256 (this process, 1 thread)",
 }
-
-
-@dataclass(frozen=True)
-class Run:
-    """One timed run. peak: bytes of resident memory at most, None where it is not of interest."""
-
-    seconds: float
-    peak: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,85 +63,46 @@ class Target:
         return f"{'met   ' if self.met else 'MISSED'}  {text}"
 
 
-def run(command: list[str]) -> Run:
-    """Run a program to its end; the peak is that of this one child, not of all children.
-
-    A child starts as a copy of this process and inherits its peak, which is why nothing here
-    imports numpy: about 20 MiB is the least that can be seen.
-    """
-    with tempfile.TemporaryFile() as errors:
-        start = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
-        _pid, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            errors.seek(0)
-            raise SystemExit(f"{command} failed: {errors.read().decode(errors='replace')}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return Run(seconds, usage.ru_maxrss * unit)
-
-
-def hash_files(folder: Path) -> Run:
-    """One sha256 pass over every byte of a folder."""
-    start = time.perf_counter()
-    for _chunk in _chunks(folder, hashlib.sha256().update):
-        pass
-    return Run(time.perf_counter() - start)
-
-
-def _chunks(folder: Path, use: Callable[[memoryview], None]) -> Iterator[int]:
+def read(folder: Path, use: Callable[[memoryview], object]) -> None:
+    """Every byte of a folder, a buffer at a time."""
     buffer = memoryview(bytearray(BUFFER))
     for path in sorted(folder.iterdir()):
         with open(path, "rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 use(buffer[:count])
-                yield count
-
-
-def settle(source: Path) -> None:
-    """Earlier writes on disk and the source in the page cache: the same start for everybody."""
-    os.sync()
-    for _chunk in _chunks(source, lambda _view: None):
-        pass
 
 
 class Bench:
-    """The contenders over one checkpoint."""
+    """The contenders over one checkpoint. patience: seconds to wait for an idle machine."""
 
-    def __init__(self, source: Path, surgery: str) -> None:
-        self.source, self.surgery = source, surgery
-        self.output = source.parent / "output"
+    def __init__(self, source: Path, surgery: str, patience: float) -> None:
+        self.source, self.output, self.patience = source, source.parent / "output", patience
+        layer, here, there = str(LAYER), str(self.source), str(self.output)
+        by_hand = [sys.executable, str(HERE / "by_transformers.py")]
+        convert = [surgery, "convert", here, "--layer", layer, "--no-check", "--quiet"]
+        synced = 'cp -r "$1" "$2" && sync "$2"/* "$2"'
+        self.commands = {
+            COPY: ["cp", "-r", here, there],
+            SYNCED: ["sh", "-c", synced, "sh", here, there],
+            HAND: [*by_hand, here, layer, there],
+            SURGERY: [*convert, "-o", there],
+        }
 
     def measure(self, contender: str) -> Run:
-        """One run with a fresh output, which is removed afterwards."""
-        settle(self.source)
+        """One run with a fresh output, which is removed afterwards.
+
+        All start alike: earlier writes are on disk and the source is in the page cache.
+        """
+        os.sync()
+        wait_for_idle(self.patience)
+        read(self.source, lambda _bytes: None)
         try:
-            return self._run(contender)
+            if contender == HASH:
+                digest = hashlib.sha256()
+                return timed(lambda: read(self.source, digest.update))
+            return run(self.commands[contender])
         finally:
             shutil.rmtree(self.output, ignore_errors=True)
-
-    def _run(self, contender: str) -> Run:
-        if contender == HASH:
-            return hash_files(self.source)
-        if contender == COPY:
-            return Run(run(["cp", "-r", str(self.source), str(self.output)]).seconds)
-        if contender == SYNCED:
-            first = run(["cp", "-r", str(self.source), str(self.output)])
-            files = [str(path) for path in sorted(self.output.iterdir())]
-            return Run(first.seconds + run(["sync", *files, str(self.output)]).seconds)
-        return run(self.commands[contender])
-
-    @property
-    def commands(self) -> dict[str, list[str]]:
-        """The contenders that are programs with memory of interest."""
-        layer = str(LAYER)
-        by_hand = [sys.executable, str(HERE / "by_transformers.py")]
-        convert = [self.surgery, "convert", str(self.source), "--layer", layer, "--no-check"]
-        return {
-            HAND: [*by_hand, str(self.source), layer, str(self.output)],
-            SURGERY: [*convert, "--quiet", "-o", str(self.output)],
-        }
 
     def require_same_edit(self) -> None:
         """Stop unless (b) and (c) write the same gain: else they are not worth comparing."""
@@ -174,13 +128,13 @@ def tensor(folder: Path, name: str) -> bytes:
     raise SystemExit(f"{folder} has no tensor {name}.")
 
 
-def make_checkpoint(folder: Path, gigabytes: float) -> int:
+def make_checkpoint(folder: Path, gigabytes: float, shards: int) -> int:
     """A checkpoint, made by another process (which needs numpy); its bytes."""
     free = shutil.disk_usage(folder.parent).free
     if free < 2.1e9 * gigabytes:
         raise SystemExit(f"{folder.parent} needs {2.1 * gigabytes:.1f} GB free.")
     maker = [sys.executable, str(HERE / "big_checkpoint.py"), str(folder)]
-    run([*maker, "--gigabytes", str(gigabytes)])
+    run([*maker, "--gigabytes", str(gigabytes), "--shards", str(shards)])
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
@@ -209,7 +163,8 @@ def measure_all(bench: Bench, repeats: int) -> dict[str, list[Run]]:
         for contender in (*order[number % len(order) :], *order[: number % len(order)]):
             found = bench.measure(contender)
             runs[contender].append(found)
-            note(f"round {number + 1}  {found.seconds:7.2f} s  {LABELS[contender]}")
+            others = "" if found.others is None else f"  others {found.others:.2f} cores"
+            note(f"round {number + 1}  {found.seconds:7.2f} s{others}  {LABELS[contender]}")
     return runs
 
 
@@ -225,6 +180,11 @@ def peak(runs: list[Run]) -> float | None:
     """MiB, of the run that took most."""
     peaks = [run.peak for run in runs if run.peak is not None]
     return max(peaks) / 2**20 if peaks else None
+
+
+def others(runs: list[Run]) -> float | None:
+    """Cores that others used beside the best run."""
+    return min(runs, key=lambda run: run.seconds).others
 
 
 def targets(runs: dict[str, list[Run]], peaks: dict[str, float], helps: list[Run]) -> list[Target]:
@@ -248,18 +208,22 @@ def targets(runs: dict[str, list[Run]], peaks: dict[str, float], helps: list[Run
 
 
 def table(runs: dict[str, list[Run]]) -> str:
-    """Seconds, ratios and memory, one contender a line."""
-    lines = [
-        f"{'':38}{'best':>9}{'median':>9}{'c / this':>10}{'medians':>9}{'peak memory':>14}",
-    ]
+    """Seconds, ratios, computing, memory and company, one contender a line."""
+    headings = ("best", "median", "c/this", "medians", "CPU", "memory", "others")
+    lines = [" " * 36 + "".join(f"{heading:>10}" for heading in headings)]
     for contender, label in LABELS.items():
         found = runs[contender]
-        memory = peak(found)
-        lines.append(
-            f"{contender:4}{label:34}{best(found):7.2f} s{middle(found):7.2f} s"
-            f"{best(runs[SURGERY]) / best(found):10.2f}{middle(runs[SURGERY]) / middle(found):9.2f}"
-            + (f"{memory:10.0f} MiB" if memory is not None else "")
+        memory, company = peak(found), others(found)
+        cells = (
+            f"{best(found):.2f} s",
+            f"{middle(found):.2f} s",
+            f"{best(runs[SURGERY]) / best(found):.2f}",
+            f"{middle(runs[SURGERY]) / middle(found):.2f}",
+            f"{min(run.cpu for run in found):.2f} s",
+            f"{memory:.0f} MiB" if memory is not None else "",
+            f"{company:.2f}" if company is not None else "",
         )
+        lines.append(f"{contender:4}{label:32}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -295,8 +259,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--also-gigabytes", type=float, help="measure the memory of surgery at this size too"
     )
+    parser.add_argument("--shards", type=int, default=8, help="files the weights are spread over")
     parser.add_argument("--folder", type=Path, help="where to work [default: a temporary folder]")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="before each run, wait at most so long for others to leave the machine idle",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 
@@ -311,8 +283,8 @@ def main() -> None:
         where = machine(folder)
         source = folder / "source"
         note(f"making {arguments.gigabytes} GB in {folder}")
-        size = make_checkpoint(source, arguments.gigabytes)
-        bench = Bench(source, surgery)
+        size = make_checkpoint(source, arguments.gigabytes, arguments.shards)
+        bench = Bench(source, surgery, arguments.wait)
         # Also the untimed first round, in which a virtual machine gets its memory from the host.
         bench.require_same_edit()
         runs = measure_all(bench, arguments.repeats)
@@ -320,7 +292,7 @@ def main() -> None:
         shutil.rmtree(source)
         if arguments.also_gigabytes:
             note(f"making {arguments.also_gigabytes} GB in {folder}")
-            other = make_checkpoint(source, arguments.also_gigabytes)
+            other = make_checkpoint(source, arguments.also_gigabytes, arguments.shards)
             found = bench.measure(SURGERY)
             peaks[f"{other / 1e9:.2f} GB"] = peak([found]) or 0.0
             note(f"{found.seconds:7.2f} s  {LABELS[SURGERY]} at {other / 1e9:.2f} GB")
@@ -341,8 +313,7 @@ def report(
         value = {
             "machine": where,
             "bytes": size,
-            "seconds": {LABELS[name]: [run.seconds for run in runs[name]] for name in runs},
-            "peak_mib": {LABELS[name]: peak(runs[name]) for name in (HAND, SURGERY)},
+            "runs": {LABELS[name]: [vars(run) for run in runs[name]] for name in runs},
             "targets": [{**vars(target), "met": target.met} for target in found],
         }
         print(json.dumps(value, indent=2))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgery.anatomy import Anatomy
     from surgery.checkpoint import Checkpoint, Origin
+    from surgery.comparison import Comparison, compare
     from surgery.conversion import Analysis, Conversion, Reporter, Settings, analyze, convert
     from surgery.errors import SurgeryError
     from surgery.fold import Edit, SinkDirection, make_edits
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
     from surgery.reference import masked
     from surgery.review import refresh_card, reproduce, verify
     from surgery.source import resolve
+    from surgery.sweeping import Sweep, sweep
     from surgery.verification import Verification
 
 _HOMES = {
     "Analysis": "conversion",
     "Anatomy": "anatomy",
     "Checkpoint": "checkpoint",
+    "Comparison": "comparison",
     "Conversion": "conversion",
     "Edit": "fold",
     "Emergence": "locate",
@@ -48,8 +51,10 @@ _HOMES = {
     "Settings": "conversion",
     "SinkDirection": "fold",
     "SurgeryError": "errors",
+    "Sweep": "sweeping",
     "Verification": "verification",
     "analyze": "conversion",
+    "compare": "comparison",
     "convert": "conversion",
     "make_edits": "fold",
     "masked": "reference",
@@ -58,12 +63,14 @@ _HOMES = {
     "refresh_card": "review",
     "reproduce": "review",
     "resolve": "source",
+    "sweep": "sweeping",
     "verify": "review",
 }
 __all__ = [
     "Analysis",
     "Anatomy",
     "Checkpoint",
+    "Comparison",
     "Conversion",
     "Edit",
     "Emergence",
@@ -76,8 +83,10 @@ __all__ = [
     "Settings",
     "SinkDirection",
     "SurgeryError",
+    "Sweep",
     "Verification",
     "analyze",
+    "compare",
     "convert",
     "make_edits",
     "masked",
@@ -86,6 +95,7 @@ __all__ = [
     "refresh_card",
     "reproduce",
     "resolve",
+    "sweep",
     "verify",
 ]
 

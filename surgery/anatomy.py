@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from surgery import dtypes
 from surgery.checkpoint import Checkpoint
 from surgery.errors import BadCheckpoint, Unsupported
-from surgery.families import Family, family_of
+from surgery.families import Family, Mixer, family_of
+from surgery.names import layers_prefix
 
 FOLDS = ("norm", "qkv", "sink")
 
@@ -22,7 +23,8 @@ class AttentionInput:
     """The attention input of one decoder layer.
 
     layer: index, from 0. norm, attention, readers: module paths in the loaded model. gain, bias,
-    weights: names of the norm's and the readers' tensors in the checkpoint.
+    weights: names of the norm's and the readers' tensors in the checkpoint; gain is empty where the
+    norm has no parameters.
     """
 
     layer: int
@@ -59,6 +61,11 @@ class Anatomy:
         """Number of decoder layers."""
         return len(self.inputs)
 
+    @property
+    def attends(self) -> tuple[bool, ...]:
+        """Per layer, whether it has an attention input."""
+        return tuple(found is not None for found in self.inputs)
+
     def at(self, layer: int) -> AttentionInput:
         """The attention input of a layer; Unsupported when that layer has none."""
         if not 0 <= layer < self.depth:
@@ -85,6 +92,14 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) and "model_type" in nested else config
 
 
+def is_multimodal(config: Mapping[str, Any]) -> bool:
+    """Whether the text decoder is one part of the model among others.
+
+    Where in the loaded model it then lies is for transformers to say, release by release.
+    """
+    return text_config(config) is not config
+
+
 def _positive(config: Mapping[str, Any], *names: str) -> int:
     for name in names:
         value = config.get(name)
@@ -95,7 +110,11 @@ def _positive(config: Mapping[str, Any], *names: str) -> int:
 
 def depth_of(config: Mapping[str, Any]) -> int:
     """Number of decoder layers a configuration describes."""
-    return _positive(text_config(config), "num_hidden_layers", "n_layer", "num_layers")
+    text = text_config(config)
+    kinds = text.get("layers_block_type")  # Nemotron-H counts its layers by nothing else
+    if isinstance(kinds, list) and kinds:
+        return len(kinds)
+    return _positive(text, "num_hidden_layers", "n_layer", "num_layers", "n_layers")
 
 
 def check_depth(checkpoint: Checkpoint) -> None:
@@ -128,31 +147,18 @@ def describe(checkpoint: Checkpoint) -> Anatomy | None:
     if family.refusal:
         raise Unsupported(f"{model_type} cannot be converted: {family.refusal}.")
     check_depth(checkpoint)
-    prefix = _stored_prefix(checkpoint, family)
-    inputs = []
-    for layer in range(depth_of(config)):
-        module = f"{family.layers}.{layer}"
-        stored = f"{prefix}.{layer}"
-        bias = f"{stored}.{family.norm}.bias"
-        inputs.append(
-            AttentionInput(
-                layer=layer,
-                norm=f"{module}.{family.norm}",
-                attention=f"{module}.{family.attention}",
-                readers=tuple(f"{module}.{reader}" for reader in family.readers),
-                gain=f"{stored}.{family.norm}.weight",
-                bias=bias if bias in checkpoint.tensors else None,
-                weights=tuple(f"{stored}.{reader}.weight" for reader in family.readers),
-            )
-        )
+    tensor = f"{family.norm}.weight" if family.has_gain else f"{family.readers[0]}.weight"
+    prefix = layers_prefix(checkpoint, family.layers, tensor)
     anatomy = Anatomy(
         model_type=model_type,
         hidden_size=width_of(config),
         layers_path=family.layers,
-        inputs=tuple(inputs),
+        inputs=tuple(
+            _input_at(checkpoint, family, prefix, layer) for layer in range(depth_of(config))
+        ),
         null_gain=family.null_gain,
         input_axis=0 if family.transposed else 1,
-        norm_refusal=family.shared_norm,
+        norm_refusal=family.norm_refusal,
         known_from="table",
     )
     check_shapes(anatomy, checkpoint)
@@ -170,20 +176,46 @@ def refuse_quantised(checkpoint: Checkpoint) -> None:
         )
 
 
-def _stored_prefix(checkpoint: Checkpoint, family: Family) -> str:
-    """How the checkpoint spells the path of the decoder layers.
-
-    Checkpoints saved from a bare decoder lack its first component (GPT-2's "h.0…" against
-    "transformer.h.0…"); transformers loads both.
-    """
-    candidates = (family.layers, family.layers.split(".", 1)[-1])
-    for prefix in candidates:
-        if f"{prefix}.0.{family.norm}.weight" in checkpoint.tensors:
-            return prefix
-    raise BadCheckpoint(
-        f"The checkpoint has no tensor {candidates[0]}.0.{family.norm}.weight, which a "
-        f"{checkpoint.model_type} model must have."
+def _input_at(
+    checkpoint: Checkpoint, family: Family, prefix: str, layer: int
+) -> AttentionInput | None:
+    stored, module = f"{prefix}.{layer}", f"{family.layers}.{layer}"
+    mixer = _mixer_at(checkpoint, family, stored, layer)
+    if mixer is None:
+        return None
+    bias = f"{stored}.{family.norm}.bias"
+    return AttentionInput(
+        layer=layer,
+        norm=f"{module}.{family.norm}",
+        attention=f"{module}.{mixer.attention}",
+        readers=tuple(f"{module}.{reader}" for reader in mixer.readers),
+        gain=f"{stored}.{family.norm}.weight" if family.has_gain else "",
+        bias=bias if bias in checkpoint.tensors else None,
+        weights=tuple(f"{stored}.{reader}.weight" for reader in mixer.readers),
     )
+
+
+def _mixer_at(checkpoint: Checkpoint, family: Family, stored: str, layer: int) -> Mixer | None:
+    """The attention module of a layer: the first whose tensors are all there.
+
+    None for a layer of a hybrid family that holds no tensor of any of them. Where some tensors are
+    missing, the mixer that they are missing from: `check_shapes` will name them.
+    """
+    config = text_config(checkpoint.config)
+    from_end = depth_of(config) - layer
+    possible = [
+        mixer
+        for mixer in family.all_mixers
+        if not mixer.last or from_end <= int(config.get(mixer.last) or 0)
+    ]
+
+    def held(mixer: Mixer) -> list[bool]:
+        return [f"{stored}.{reader}.weight" in checkpoint.tensors for reader in mixer.readers]
+
+    complete = next((mixer for mixer in possible if all(held(mixer))), None)
+    if complete is not None or (family.hybrid and not any(any(held(m)) for m in possible)):
+        return complete
+    return next((mixer for mixer in possible if any(held(mixer))), possible[0])
 
 
 def check_shapes(anatomy: Anatomy, checkpoint: Checkpoint) -> None:
@@ -192,7 +224,7 @@ def check_shapes(anatomy: Anatomy, checkpoint: Checkpoint) -> None:
         if found is None:
             continue
         for name, axis in (
-            (found.gain, 0),
+            *(((found.gain, 0),) if found.gain else ()),
             *(((found.bias, 0),) if found.bias else ()),
             *((weight, anatomy.input_axis) for weight in found.weights),
         ):
@@ -207,8 +239,17 @@ def check_shapes(anatomy: Anatomy, checkpoint: Checkpoint) -> None:
 
 
 def effective_gain(anatomy: Anatomy, checkpoint: Checkpoint, layer: int) -> NDArray[np.float64]:
-    """What the pre-attention norm of a layer multiplies by, float64, shape [hidden size]."""
+    """What the pre-attention norm of a layer multiplies by, float64, shape [hidden size].
+
+    Raises Unsupported for a norm without parameters.
+    """
     name = anatomy.at(layer).gain
+    if not name:
+        raise Unsupported(
+            f"--select weight is not possible for {anatomy.model_type}: it ranks dimensions by the "
+            "gain of the norm before attention, which has no parameters here; use --select "
+            "activation."
+        )
     stored = checkpoint.read(name)
     if not dtypes.all_finite(stored):
         raise BadCheckpoint(f"{name} holds values that are not finite; the checkpoint is damaged.")

@@ -54,10 +54,29 @@ def front_matter(path: Path) -> dict[str, Any]:
         return {}
     block = text[3:].split("\n---", 1)[0]
     try:
-        loaded = yaml.safe_load(block)
-    except (yaml.YAMLError, RecursionError):
+        loaded = yaml.load(block, _loader())
+    except (yaml.YAMLError, RecursionError, ValueError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
+
+
+def _loader() -> Any:
+    """YAML as the Hub reads it: `no` is a language, not a truth value, and dates are text."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Without the resolvers of YAML 1.1 that the Hub does not have."""
+
+    Loader.yaml_implicit_resolvers = {
+        first: [
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag != "tag:yaml.org,2002:timestamp"
+            and not (tag == "tag:yaml.org,2002:bool" and first not in "tTfF")
+        ]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    return Loader
 
 
 def card_metadata(manifest: Manifest, base: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,6 +180,7 @@ def _words(manifest: Manifest, figure: bool) -> dict[str, Any]:
         ),
         "edited_words": _edited_words(len(manifest.edits)),
         "quality": _quality_words(manifest.quality),
+        "dtype": settings.get("dtype", "float32"),
         "forced": bool((manifest.quality or {}).get("forced")),
         "limit": f"{settings.get('max_degradation', 0.1):+.0%}",
         "leak": _leak_words(manifest),

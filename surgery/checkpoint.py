@@ -268,7 +268,7 @@ def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) 
         tensors |= header
     if weight_map is not None:
         _compare_index(weight_map, tensors)
-    side_files, left_out = _other_files(folder, set(weight_files))
+    side_files, left_out = other_files(folder, set(weight_files))
     for name in side_files:
         path = folder / name
         if not path.is_file():  # reading from a pipe, say, would wait for ever
@@ -312,7 +312,7 @@ def _compare_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEn
         raise BadCheckpoint(f"{extra} lies in {tensors[extra].file} but the index omits it.")
 
 
-def _other_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def other_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Side files to carry, and files to leave behind because they repeat the weights."""
     kept: list[str] = []
     left: list[str] = []

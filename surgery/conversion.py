@@ -9,11 +9,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.anatomy import FOLDS, Anatomy, depth_of, describe, effective_gain, width_of
+from surgery.anatomy import (
+    FOLDS,
+    Anatomy,
+    depth_of,
+    describe,
+    effective_gain,
+    is_multimodal,
+    width_of,
+)
 from surgery.card import front_matter, render_card
 from surgery.checkpoint import Checkpoint, Origin
 from surgery.errors import BadSettings, QualityGate, SurgeryError
 from surgery.fold import Edit, SinkDirection, make_edits
+from surgery.loading import DTYPES
 from surgery.locate import Emergence
 from surgery.manifest import (
     FileRecord,
@@ -29,13 +38,14 @@ from surgery.mask import (
     SCOPES,
     SELECTIONS,
     Mask,
+    attention_targets,
     check_rate,
     check_strength,
     largest,
     mask_size,
     random_dimensions,
-    target_layers,
 )
+from surgery.memory import return_freed_memory
 from surgery.plan import CARD, FIGURE, Plan, check_output, make_plan
 from surgery.source import resolve, resolve_light
 from surgery.verification import (
@@ -49,6 +59,9 @@ from surgery.verification import (
 from surgery.write import copy_plan, staging
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from surgery.calibrate import Leak
     from surgery.probe import Evidence, Prompt
     from surgery.quality import Quality
@@ -91,6 +104,7 @@ class Settings:
             ("scope", self.scope, SCOPES),
             ("fold", self.fold, FOLDS),
             ("select", self.select, SELECTIONS),
+            ("dtype", self.dtype, DTYPES),
         ):
             if value not in allowed:
                 raise BadSettings(f"--{name} must be one of {', '.join(allowed)}; not {value!r}.")
@@ -102,8 +116,11 @@ class Settings:
             raise BadSettings("Give either --layer (the ME Layer) or --layers (targets), not both.")
         if self.check_tokens < 1 or self.calibration_tokens < 1:
             raise BadSettings("--check-tokens and --calibration-tokens must be at least 1.")
-        if not self.max_degradation >= 0:
-            raise BadSettings("--max-degradation must not be negative.")
+        if not 0 <= self.max_degradation < float("inf"):
+            raise BadSettings(
+                "--max-degradation must be a finite number and not negative; to write a checkpoint "
+                "however bad it is, give --force."
+            )
 
 
 class Reporter:
@@ -142,7 +159,7 @@ class Analysis:
         """Target layers for a scope; empty without an emergence layer."""
         if self.emergence.layer is None:
             return ()
-        return target_layers(self.emergence.layer, self.anatomy.depth, scope)
+        return attention_targets(self.emergence.layer, self.anatomy.attends, scope)
 
 
 @dataclass(frozen=True)
@@ -218,10 +235,11 @@ def study(
 ) -> Anatomy:
     """The anatomy of a checkpoint: from the table, confirmed by a trace unless `check` is off.
 
+    Multimodal checkpoints are always traced: the table does not say where their decoder lies.
     Raises Unsupported where no truthful edit is possible or table and trace disagree.
     """
-    described = describe(checkpoint)
-    if described is not None and not check:
+    described, multimodal = describe(checkpoint), is_multimodal(checkpoint.config)
+    if described is not None and not check and not multimodal:
         return described
     from surgery.anatomy import refuse_quantised
     from surgery.loading import refuse_remote_code
@@ -229,7 +247,8 @@ def study(
 
     refuse_quantised(checkpoint)
     refuse_remote_code(checkpoint.folder, trust_remote_code)
-    return confirm(described, trace(checkpoint, trust_remote_code=trust_remote_code))
+    traced = trace(checkpoint, trust_remote_code=trust_remote_code)
+    return confirm(described, traced, multimodal=multimodal)
 
 
 def stream_model(
@@ -302,7 +321,7 @@ def find_evidence(
     prompts = locating_prompts(subject, settings)
     mask = None
     if emergence.layer is not None:
-        targets = target_layers(emergence.layer, anatomy.depth, "first")
+        targets = attention_targets(emergence.layer, anatomy.attends, "first")
         mask = choose_mask(subject, anatomy, targets, settings)
     with reporter.bar("Gathering evidence", steps(emergence, prompts)) as advance:
         return gather(
@@ -324,21 +343,36 @@ def _calibration_texts(settings: Settings) -> list[Any]:
     return texts.read_texts(Path(settings.calibration))
 
 
-def _calibration_windows(subject: Subject, settings: Settings) -> list[list[int]]:
+def calibration_windows(subject: Subject, settings: Settings) -> list[list[int]]:
+    """Sequences of calibration text, at most about `settings.calibration_tokens`."""
     from surgery import texts
 
     chosen = _calibration_texts(settings)
     if settings.calibration is None:
         # Short texts of every kind before the few long ones: the budget buys more variety.
         chosen = sorted(chosen, key=lambda text: len(text.text) > 4000)
-    return texts.windows(subject.tokenizer, chosen, limit=settings.calibration_tokens)
+    limit = settings.calibration_tokens
+    return texts.windows(subject.tokenizer, chosen, _longest(subject, texts.WINDOW), limit)
 
 
-def heldout_windows(tokenizer: Any, limit: int) -> list[list[int]]:
-    """Sequences of held-out text for measuring, at most about `limit` tokens."""
+def heldout_windows(
+    subject: Subject, limit: int, length: int | None = None, text: str | None = None
+) -> list[list[int]]:
+    """Sequences of held-out text for measuring, at most about `limit` tokens.
+
+    text: a file to measure on in place of the bundled text.
+    """
     from surgery import texts
 
-    return texts.windows(tokenizer, texts.bundled("heldout"), limit=limit)
+    longest = _longest(subject, length or texts.WINDOW)
+    chosen = texts.bundled("heldout") if text is None else texts.read_texts(Path(text))
+    return texts.windows(subject.tokenizer, chosen, longest, limit)
+
+
+def _longest(subject: Subject, wanted: int) -> int:
+    from surgery.loading import longest_context
+
+    return longest_context(subject.config.get_text_config(), wanted)
 
 
 def analyze(
@@ -376,6 +410,8 @@ def analyze(
     if evidence and stream:
         raise BadSettings("Evidence needs the whole model; leave out the streaming.")
     whole = evidence or stream is False
+    if not whole:
+        return_freed_memory()
     checkpoint = (resolve if whole else resolve_light)(model, revision, reporter.say)
     anatomy = study(checkpoint, trust_remote_code=trust_remote_code)
     subject = Subject(checkpoint, settings, reporter)
@@ -396,9 +432,16 @@ def given_emergence(layer: int) -> Emergence:
 
 
 def choose_mask(
-    subject: Subject, anatomy: Anatomy, targets: Sequence[int], settings: Settings
+    subject: Subject,
+    anatomy: Anatomy,
+    targets: Sequence[int],
+    settings: Settings,
+    magnitudes: Mapping[int, NDArray[np.float64]] | None = None,
 ) -> Mask:
-    """S for every target layer, by weight, activation or chance."""
+    """S for every target layer, by weight, activation or chance.
+
+    magnitudes: what `sink_magnitudes` found on the calibration text, when that is known.
+    """
     size = mask_size(settings.rate, anatomy.hidden_size)
     if settings.select == "random":
         chosen = {
@@ -411,11 +454,12 @@ def choose_mask(
             for layer in targets
         }
     else:
-        from surgery.observe import sink_magnitudes
+        if magnitudes is None:
+            from surgery.observe import sink_magnitudes
 
-        sequences = _calibration_windows(subject, settings)
-        found = sink_magnitudes(subject.model, anatomy, targets, sequences)
-        chosen = {layer: largest(found[layer], size) for layer in targets}
+            sequences = calibration_windows(subject, settings)
+            magnitudes = sink_magnitudes(subject.model, anatomy, targets, sequences)
+        chosen = {layer: largest(magnitudes[layer], size) for layer in targets}
     return Mask(anatomy.hidden_size, settings.select, settings.strength, chosen)
 
 
@@ -425,7 +469,7 @@ def calibrate_sinks(
     """The sink direction of every target layer, in order."""
     from surgery.calibrate import sink_directions
 
-    sequences = _calibration_windows(subject, settings)
+    sequences = calibration_windows(subject, settings)
     with reporter.bar("Calibrating the sink direction", len(mask.layers)) as advance:
         return sink_directions(
             subject.model, anatomy, subject.checkpoint, mask, sequences, progress=advance
@@ -448,7 +492,7 @@ def measure_quality(
     from surgery.reference import masked
 
     model, checkpoint = subject.model, subject.checkpoint
-    sequences = heldout_windows(subject.tokenizer, settings.check_tokens)
+    sequences = heldout_windows(subject, settings.check_tokens)
     watcher = LeakWatcher(model, anatomy, sinks or {})
     weights = EditedWeights(model, anatomy, checkpoint, edits)
 
@@ -590,7 +634,14 @@ def _targets(
     if emergence is None:
         emergence = find_emergence(subject, anatomy, settings, reporter)
         reporter.show(emergence)
-    return target_layers(emergence.require(), anatomy.depth, settings.scope), emergence
+    targets = attention_targets(emergence.require(), anatomy.attends, settings.scope)
+    skipped = set(range(emergence.require() + 1, targets[-1])) - set(targets)
+    if skipped:
+        reporter.say(
+            f"Skipping {'layers' if len(skipped) > 1 else 'layer'} "
+            f"{', '.join(map(str, sorted(skipped)))}: no attention there to mask"
+        )
+    return targets, emergence
 
 
 def _gate(
@@ -690,8 +741,8 @@ def behaviour(
     from surgery.reference import masked
 
     device = subject.device
-    sequences = heldout_windows(subject.tokenizer, VERIFY_TOKENS)
-    ids, real = pad([sequence[: VERIFY_TOKENS // 2] for sequence in sequences[:2]])
+    # Several sequences, so that padding takes part.
+    ids, real = pad(heldout_windows(subject, VERIFY_TOKENS, VERIFY_TOKENS // 2))
     model = subject.model
 
     def run() -> Any:

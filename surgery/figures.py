@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ import numpy as np
 from surgery.locate import Emergence
 
 if TYPE_CHECKING:
+    from surgery.comparison import Comparison
     from surgery.probe import AttentionEvidence, Evidence, PromptTrace
+    from surgery.sweeping import Row, Sweep
 
 # Okabe and Ito's palette.
 SINK, OTHERS, MARK = "#D55E00", "#0072B2", "#009E73"
@@ -332,3 +335,80 @@ def plot_comparison(found: Mapping[str, Emergence], path: Path) -> None:
         axes.set_xlabel("depth: layers done / all layers (ring: ME Layer)")
         axes.grid(axis="y", alpha=0.3)
         _legend(figure, axes, 1)
+
+
+_FOLD_COLOURS = {"norm": "#0072B2", "qkv": "#009E73", "sink": "#D55E00"}
+_SELECT_LINES = {"weight": ("-", "o"), "activation": ("--", "s"), "random": (":", "^")}
+_SCOPES = {"first": "first layer after the ME Layer", "all": "all layers after the ME Layer"}
+
+
+def plot_sweep(sweep: Sweep, path: Path) -> None:
+    """Score over rate: a panel per scope and strength, a line per fold and selection.
+
+    A ring marks the points on the Pareto front.
+    """
+    from surgery.sweeping import SCORES
+
+    rows = sorted((row for row in sweep.rows if row.score is not None), key=lambda r: r.point.rate)
+    panels = sorted({(r.point.strength, r.point.scope) for r in rows}, key=lambda p: (p[0], p[1]))
+    panels.sort(key=lambda panel: panel[1] != "first")
+    several = len({strength for strength, _ in panels}) > 1
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    shape = {"figsize": (7 * columns, 5 * lines + 1.6), "sharex": True, "squeeze": False}
+    with _drawing(path, lines, columns, **shape) as (figure, grid):
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for (strength, scope), axes in zip(panels, grid.flat, strict=False):
+            if sweep.score == "perplexity" and sweep.base_perplexity is not None:
+                axes.axhline(sweep.base_perplexity, color="0.5", linewidth=1.5, label="base")
+            _sweep_lines(
+                axes,
+                [r for r in rows if (r.point.strength, r.point.scope) == (strength, scope)],
+            )
+            axes.set_title(_SCOPES[scope] + (f", strength {strength:g}" if several else ""))
+            axes.set_xlabel("rate: share of dimensions masked")
+            axes.grid(axis="y", alpha=0.3)
+        for line in grid:
+            line[0].set_ylabel(SCORES[sweep.score][1])
+        _legend(figure, grid[0][0], 4)
+
+
+def _sweep_lines(axes: Any, rows: Sequence[Row]) -> None:
+    """The lines of one panel; rows in the order of their rates, each with a score."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    for fold, colour in _FOLD_COLOURS.items():
+        for select, (line, marker) in _SELECT_LINES.items():
+            chosen = [r for r in rows if (r.point.fold, r.point.select) == (fold, select)]
+            if not chosen:
+                continue
+            axes.plot(
+                [row.point.rate for row in chosen],
+                [row.score for row in chosen],
+                color=colour,
+                linestyle=line,
+                marker=marker,
+                linewidth=2,
+                label=f"{fold}, {select}",
+            )
+    ringed = [row for row in rows if row.on_front]
+    axes.plot(
+        [row.point.rate for row in ringed],
+        [row.score for row in ringed],
+        linestyle="none",
+        marker="o",
+        markersize=15,
+        fillstyle="none",
+        color="black",
+        label="on the Pareto front",
+    )
+    rates = list(dict.fromkeys(row.point.rate for row in rows))
+    shown = rates if len(rates) <= 8 else [rates[0], rates[len(rates) // 2], rates[-1]]
+    axes.set_xscale("log")
+    axes.set_xticks(shown, [f"{rate:g}" for rate in shown])
+    axes.xaxis.set_minor_locator(NullLocator())
+    scores = [row.score for row in rows if row.score is not None]
+    if min(scores) > 0 and max(scores) > 5 * min(scores):
+        axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:.4g}"))

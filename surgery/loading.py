@@ -26,7 +26,7 @@ def pick_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # which the meta device, for one, cannot
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0] if str(error) else "unavailable"
         raise BadSettings(f"The device {name!r} cannot be used: {first}") from error
@@ -66,12 +66,15 @@ def load_model(
     Raises BadCheckpoint when transformers cannot load it or finds weights missing.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     refuse_remote_code(folder, trust_remote_code)
     with quiet():
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            config = AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+            model, info = auto_class(config).from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
                 trust_remote_code=trust_remote_code,
@@ -85,6 +88,20 @@ def load_model(
     if missing:
         raise BadCheckpoint(f"{folder} lacks weights the model needs, such as {missing[0]}.")
     return model.to(device).eval() if device is not None else model.eval()
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers class that loads a configuration.
+
+    For multimodal models that are not registered as causal LMs, the class for images and text:
+    given text alone, it is a causal LM all the same.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    causal = type(config) in AutoModelForCausalLM._model_mapping
+    if not causal and type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def refuse_remote_code(folder: Path, trusted: bool) -> None:

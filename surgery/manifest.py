@@ -14,8 +14,9 @@ from typing import Any
 
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint, Origin, read_json
-from surgery.errors import BadCheckpoint
+from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.fold import Edit, SinkDirection, pack, unpack
+from surgery.mask import check_strength
 from surgery.plan import MANIFEST
 
 SCHEMA = 1
@@ -40,7 +41,7 @@ class SinkRecord:
 
     center: str
     detector: str
-    leak: dict[str, float]
+    leak: dict[str, int | float]
 
 
 @dataclass(frozen=True)
@@ -177,18 +178,99 @@ def read_manifest(folder: Path) -> Manifest:
             f"{path} has schema version {raw.get('schema_version')!r}; this program reads {SCHEMA}."
         )
     try:
-        manifest: Manifest = TypeAdapter(Manifest).validate_python(raw)
-        manifest.rebuilt_edits()
+        # As JSON and strictly, or a number could come as text and fail where it is used.
+        text = json.dumps(raw, allow_nan=False)
+        manifest: Manifest = TypeAdapter(Manifest).validate_json(text, strict=True)
+        _check(manifest)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise BadCheckpoint(f"{path} is damaged at {where}: {first['msg']}.") from error
-    except (ValueError, KeyError) as error:
-        raise BadCheckpoint(f"{path} is damaged: {error!r}.") from error
+    except (ValueError, RecursionError, SurgeryError) as error:
+        raise BadCheckpoint(f"{path} is damaged: {str(error).rstrip('.')}.") from error
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Emergence:
+    layer: int | None
+    magnification: float | None
+    found_by: str
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class _Variant:
+    name: str
+    perplexity: float
+    against_base: float
+    kl_from_reference: float | None
+    kl_from_base: float | None
+
+
+@dataclass(frozen=True)
+class _Quality:
+    variants: list[_Variant]
+    tokens: int
+    sequences: int
+    forced: bool = False
+    leak_text: str = ""
+
+
+@dataclass(frozen=True)
+class _Check:
+    name: str
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class _Verification:
+    checks: list[_Check]
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError or SurgeryError for what the commands that read a manifest stumble over."""
+    from pydantic import TypeAdapter
+
+    from surgery.conversion import Settings
+
+    def shaped(kind: Any, value: Any) -> None:
+        TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+
+    missing = {"model", "rate", "scope", "fold", "select"} - set(manifest.settings)
+    if missing:
+        raise ValueError(f"settings lack {min(missing)}")
+    shaped(Settings, manifest.settings)
+    shaped(_Emergence | None, manifest.emergence)
+    shaped(_Quality | None, manifest.quality)
+    shaped(_Verification | None, manifest.verification)
+    check_strength(manifest.strength)
+    if not manifest.dimensions:
+        raise ValueError("it names no layer")
+    for layer, chosen in manifest.dimensions.items():
+        if not 0 <= layer < manifest.depth:
+            raise ValueError(f"layer {layer} does not exist")
+        if not chosen or not 0 <= min(chosen) <= max(chosen) < manifest.hidden_size:
+            raise ValueError(f"the dimensions of layer {layer} do not exist")
     for record in manifest.files:
         if Path(record.name).is_absolute() or ".." in Path(record.name).parts:
-            raise BadCheckpoint(f"{path} names a file outside its folder: {record.name!r}.")
-    return manifest
+            raise ValueError(f"it names a file outside its folder: {record.name!r}")
+    for edit in manifest.edits:
+        if edit.layer not in manifest.dimensions or edit.axis not in (0, 1):
+            raise ValueError(f"the edit of {edit.tensor} is none")
+        if edit.kind not in ("gain", "bias", "columns", "rank_one"):
+            raise ValueError(f"the edit of {edit.tensor} is of the unknown kind {edit.kind!r}")
+        if edit.kind == "rank_one" and edit.layer not in manifest.sinks:
+            raise ValueError(f"the edit of {edit.tensor} has no sink direction")
+        base64.b64decode((edit.original or "").encode(), validate=True)
+    for layer, sink in manifest.sinks.items():
+        sizes = len(unpack(sink.center)), len(unpack(sink.detector))
+        if sizes != (len(manifest.dimensions.get(layer, ())), manifest.hidden_size):
+            raise ValueError(f"the sink direction of layer {layer} has another size than the mask")
+        lacking = {"ordinary_rms", "ordinary_largest", "sink_smallest"} - set(sink.leak)
+        if lacking:
+            raise ValueError(f"the leak of layer {layer} lacks {min(lacking)}")
 
 
 def clean_numbers(value: Any) -> Any:

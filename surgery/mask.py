@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,24 @@ def random_dimensions(hidden_size: int, size: int, seed: int, layer: int) -> tup
     """Ascending indices of a random S (Appendix E's control), fixed by seed and layer alone."""
     generator = np.random.Generator(np.random.PCG64([seed, layer]))
     return tuple(sorted(int(i) for i in generator.choice(hidden_size, size, replace=False)))
+
+
+def attention_targets(
+    emergence_layer: int, attends: Sequence[bool], scope: str
+) -> tuple[int, ...]:
+    """Target layers of a model in which only some layers attend: the others are skipped.
+
+    attends: per layer, whether it has an attention input. The first target is then the first
+    attention that reads the massive activation. Raises BadSettings where none follows.
+    """
+    after = target_layers(emergence_layer, len(attends), "all")
+    attending = tuple(layer for layer in after if attends[layer])
+    if not attending:
+        raise BadSettings(
+            f"No layer after the emergence layer {emergence_layer} has attention, so there is none "
+            "to mask."
+        )
+    return attending if scope == "all" else attending[:1]
 
 
 def target_layers(emergence_layer: int, depth: int, scope: str) -> tuple[int, ...]:

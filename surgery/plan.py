@@ -91,7 +91,7 @@ def make_plan(
     format that cannot be edited, BadCheckpoint for edits the headers contradict, and BadSettings
     when the disk is too small.
     """
-    by_file = _edits_by_file(checkpoint, edits)
+    by_file = edits_by_file(checkpoint, edits)
     names = (*checkpoint.weight_files, *checkpoint.side_files)
     files = tuple(
         FilePlan(name, checkpoint.file_sizes[name], by_file.get(name, ()))
@@ -104,9 +104,10 @@ def make_plan(
     return plan
 
 
-def _edits_by_file(
+def edits_by_file(
     checkpoint: Checkpoint, edits: tuple[Edit, ...]
 ) -> Mapping[str, tuple[Edit, ...]]:
+    """Edits by the file they patch; raises where the headers contradict them, see `make_plan`."""
     by_file: dict[str, tuple[Edit, ...]] = {}
     seen: set[str] = set()
     for edit in edits:
@@ -121,10 +122,15 @@ def _edits_by_file(
                 f"{edit.tensor} is stored as {entry.dtype}, which cannot be edited; convert the "
                 "unquantised checkpoint."
             )
-        axis = edit.axis if edit.kind in ("columns", "rank_one") else 0
-        if len(entry.shape) <= axis or max(edit.dimensions) >= entry.shape[axis]:
+        linear = edit.kind in ("columns", "rank_one")
+        axis = edit.axis if linear else 0
+        if (
+            len(entry.shape) != (2 if linear else 1)
+            or max(edit.dimensions) >= entry.shape[axis]
+            or (edit.sink is not None and len(edit.sink.detector) != entry.shape[axis])
+        ):
             raise BadCheckpoint(
-                f"{edit.tensor} has shape {list(entry.shape)}, too small for the mask."
+                f"{edit.tensor} has shape {list(entry.shape)}, which the mask does not fit."
             )
         by_file[entry.file] = (*by_file.get(entry.file, ()), edit)
     return by_file

@@ -53,33 +53,89 @@ class Quality:
 
 
 class SharedPrefix:
-    """Layers before `stop` run once per batch; later passes reuse what they gave."""
+    """Layers before `stop` run once per batch; later passes reuse what they gave.
+
+    What they gave is kept by batch number: tokens × hidden size numbers for each batch recorded.
+    """
 
     def __init__(self, model: Any, anatomy: Anatomy, stop: int) -> None:
         self._layers = decoder_layers(model, anatomy)[:stop]
-        self._result: Any = None
+        self._results: dict[int, Any] = {}
 
     @contextmanager
-    def record(self) -> Iterator[None]:
+    def record(self, batch: int = 0) -> Iterator[None]:
         """Remember the last shared layer's output in the forward pass of this block."""
 
         def keep(_module: Any, _args: Any, result: Any) -> None:
-            self._result = result
+            self._results[batch] = result
 
         handles = [self._layers[-1].register_forward_hook(keep)] if self._layers else []
         with hooked(handles):
             yield
 
     @contextmanager
-    def replay(self) -> Iterator[None]:
+    def replay(self, batch: int = 0) -> Iterator[None]:
         """Skip the shared layers in the forward passes of this block."""
+        result = self._results.get(batch)
         try:
             for layer in self._layers:
-                layer.forward = lambda *_args, **_kwargs: self._result
+                layer.forward = lambda *_args, **_kwargs: result
             yield
         finally:
             for layer in self._layers:
                 layer.__dict__.pop("forward", None)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded sequences on the model's device. real: bool, False at padding. targets: next tokens.
+
+    All are [sequences, longest], the targets one token shorter.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    real: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def positions(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.real.sum())
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that some other token predicts."""
+        return int(self.real[:, 1:].sum())
+
+    def log_probabilities(self, model: Any) -> torch.Tensor:
+        """The model's log-probabilities in float32, [sequences, longest, vocabulary]."""
+        logits = model(input_ids=self.ids, attention_mask=self.mask, use_cache=False).logits
+        return logits.float().log_softmax(-1)
+
+    def loss(self, logs: torch.Tensor) -> float:
+        """Negative log-likelihood of all predicted tokens, in nats, summed."""
+        found = logs[:, :-1].gather(-1, self.targets.unsqueeze(-1))[self.real[:, 1:]]
+        return -float(found.double().sum())
+
+    def divergence(self, known: torch.Tensor, logs: torch.Tensor) -> float:
+        """KL(known ‖ logs) in nats, summed over the positions."""
+        if known is logs:
+            return 0.0
+        # One sequence at a time: whole batches would need three times their memory here.
+        return sum(
+            float((p.exp() * (p - q)).sum(-1)[real].double().sum())
+            for p, q, real in zip(known, logs, self.real, strict=True)
+        )
+
+
+def make_batches(
+    sequences: Sequence[Sequence[int]], vocabulary: int, device: torch.device
+) -> Iterator[Batch]:
+    """Sequences of similar length together, on a device."""
+    for batch in batches(sequences, vocabulary):
+        ids, mask = (part.to(device) for part in pad(batch))
+        yield Batch(ids, mask, mask.bool(), ids[:, 1:])
 
 
 def measure(
@@ -100,59 +156,56 @@ def measure(
     positions = predicted = 0
     prefix = SharedPrefix(model, anatomy, first_target)
     device = next(model.parameters()).device
-    for batch in batches(sequences, model.config.get_text_config().vocab_size):
-        ids, mask = pad(batch)
-        real = mask.bool().to(device)
-        targets = ids[:, 1:].to(device)
+    vocabulary = model.config.get_text_config().vocab_size
+    for batch in make_batches(sequences, vocabulary, device):
         known: dict[str, torch.Tensor] = {}
         for number, (name, variant) in enumerate(variants.items()):
             shared = prefix.record() if number == 0 else prefix.replay()
             with torch.inference_mode(), variant(), shared:
-                logits = model(
-                    input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-                ).logits
-            logs = logits.float().log_softmax(-1)
-            del logits
+                logs = batch.log_probabilities(model)
             if name in ("base", "reference"):
                 known[name] = logs
-            totals[name][0] -= float(
-                logs[:, :-1].gather(-1, targets.unsqueeze(-1))[real[:, 1:]].double().sum()
-            )
-            totals[name][1] += _divergence(known.get("reference"), logs, real)
-            totals[name][2] += _divergence(known.get("base"), logs, real)
-        positions += int(real.sum())
-        predicted += int(real[:, 1:].sum())
-        progress(int(real.sum()))
-    base = totals["base"][0] / predicted
-    measured = []
-    for name, (loss, from_reference, from_base) in totals.items():
-        measured.append(
-            Measured(
-                name=name,
-                perplexity=_exp(loss / predicted),
-                against_base=_exp(loss / predicted - base) - 1.0,
-                kl_from_reference=from_reference / positions,
-                kl_from_base=from_base / positions,
-            )
-        )
-    return Quality(_symmetric(tuple(measured)), positions, len(sequences))
+            totals[name][0] += batch.loss(logs)
+            for column, other in enumerate(("reference", "base"), 1):
+                if other in known:
+                    totals[name][column] += batch.divergence(known[other], logs)
+        positions += batch.positions
+        predicted += batch.predicted
+        progress(batch.positions)
+    base = totals["base"][0]
+    return Quality(
+        tuple(
+            measured(name, loss, base, predicted, from_reference / positions, from_base / positions)
+            for name, (loss, from_reference, from_base) in totals.items()
+        ),
+        positions,
+        len(sequences),
+    )
+
+
+def measured(
+    name: str,
+    loss: float,
+    base: float,
+    predicted: int,
+    kl_from_reference: float,
+    kl_from_base: float,
+) -> Measured:
+    """A variant's figures from the summed losses of variant and base over `predicted` tokens."""
+    if name == "base":
+        # KL(reference ‖ base) is not measured: base runs before the reference exists.
+        return Measured(name, _exp(base / predicted), 0.0, math.nan, 0.0)
+    return Measured(
+        name=name,
+        perplexity=_exp(loss / predicted),
+        against_base=_exp((loss - base) / predicted) - 1.0,
+        kl_from_reference=kl_from_reference,
+        kl_from_base=kl_from_base,
+    )
 
 
 def _exp(value: float) -> float:
     return math.exp(min(value, 700.0))
-
-
-def _symmetric(measured: tuple[Measured, ...]) -> tuple[Measured, ...]:
-    """KL(reference ‖ base) is not measured: base runs before the reference exists."""
-    base = measured[0]
-    fixed = Measured(base.name, base.perplexity, 0.0, math.nan, 0.0)
-    return (fixed, *measured[1:])
-
-
-def _divergence(known: torch.Tensor | None, logs: torch.Tensor, real: torch.Tensor) -> float:
-    if known is None or known is logs:
-        return 0.0
-    return float((known.exp() * (known - logs)).sum(-1)[real].double().sum())
 
 
 def batches(sequences: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list[Sequence[int]]]:

@@ -383,8 +383,8 @@ def _knockout_words(found: Evidence, layer: int) -> str:
     if any(k.part == "norm" and k.remaining[layer] > 1 for k in found.knockouts):
         words.append(
             "In the paper the activation survives without the norm, much reduced. Here it grows: "
-            f"the norm scales the sink down, to {short(row.weight_norm_sink)}, before the FFN reads "
-            "it."
+            f"the norm scales the sink down, to {short(row.weight_norm_sink)}, before the FFN "
+            "reads it."
         )
     return " ".join(words)
 

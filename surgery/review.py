@@ -15,7 +15,7 @@ from surgery.conversion import SILENT, Reporter, Settings, Subject, behaviour, c
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
 from surgery.manifest import FileRecord, Manifest, read_manifest, write_manifest
 from surgery.mask import Mask
-from surgery.plan import CARD, FIGURE
+from surgery.plan import CARD, FIGURE, edits_by_file
 from surgery.source import resolve
 from surgery.verification import (
     Verification,
@@ -88,6 +88,7 @@ def verify(
     reporter.say("Comparing bytes")
     checks = [verify_files(path, manifest.files), verify_structure(checkpoint, path)]
     if all(check.passed for check in checks[1:]):
+        edits_by_file(checkpoint, edits)  # a damaged manifest may name anything
         checks.append(verify_edits(checkpoint, path, edits))
         checks.append(verify_untouched(checkpoint, path, edits))
         originals = {
@@ -135,14 +136,24 @@ class Reproduction:
 
 
 def reproduce(
-    folder: str | Path, *, base: str | None = None, reporter: Reporter = SILENT
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    trust_remote_code: bool = False,
+    reporter: Reporter = SILENT,
 ) -> Reproduction:
     """Convert again from the manifest (base commit, settings, seeds) and compare every hash.
 
-    The repeated checkpoint is written beside `folder` and removed again.
+    The repeated checkpoint is written beside `folder` and removed again. Raises BadSettings where
+    the manifest asks to trust code and the caller does not.
     """
     path = Path(folder).resolve()
     manifest = read_manifest(path)
+    if manifest.settings.get("trust_remote_code") and not trust_remote_code:
+        raise BadSettings(
+            f"{path} was made with --trust-remote-code, which runs the base model's own Python "
+            "code; read that, and give --trust-remote-code if you trust it."
+        )
     checkpoint = base_of(manifest, base, reporter)
     origin = manifest.base
     typed = base or (origin.name if origin.kind == "hub" else origin.typed)

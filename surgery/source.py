@@ -16,7 +16,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
+from surgery.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    Origin,
+    open_checkpoint,
+    other_files,
+    read_json,
+)
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
 
 DEMO = "demo"
@@ -222,6 +230,12 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _digest(files: list[Path]) -> str:
+    """One digest for several files, by name and content."""
+    lines = [f"{file_sha256(file)} {file.name}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def cache_folder() -> Path:
     """Where sources that are not safetensors are kept once converted."""
     chosen = os.environ.get("SURGERY_CACHE")
@@ -238,8 +252,7 @@ def _pickles(folder: Path) -> list[Path]:
 def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
     """A .gguf file or a folder of pickles as safetensors, converted once and kept."""
     files = [path] if path.is_file() else _pickles(path)
-    digests = [file_sha256(file) for file in files]
-    digest = digests[0] if path.is_file() else hashlib.sha256("".join(digests).encode()).hexdigest()
+    digest = file_sha256(path) if path.is_file() else _digest([*files, *_beside_pickles(path)])
     origin = Origin(origin.kind, origin.name, origin.typed, sha256=digest, note=origin.note)
     target = cache_folder() / f"{origin.kind}-{digest[:32]}"
     if not target.is_dir():
@@ -341,7 +354,9 @@ def _pickles_to_safetensors(source: Path, files: list[Path], folder: Path) -> No
 
     weight_map: dict[str, str] = {}
     total = 0
-    tied = json.loads((source / "config.json").read_text()).get("tie_word_embeddings", True)
+    if not (source / "config.json").is_file():
+        raise BadCheckpoint(f"{source} has no config.json, so it is not a Hugging Face checkpoint.")
+    tied = read_json(source / "config.json").get("tie_word_embeddings", True)
     for file in files:
         try:
             state = torch.load(
@@ -356,21 +371,31 @@ def _pickles_to_safetensors(source: Path, files: list[Path], folder: Path) -> No
                 f"{file} cannot be read as plain tensors (weights_only=True): {first}"
             ) from error
         if not isinstance(state, dict) or not all(
-            isinstance(value, torch.Tensor) for value in state.values()
+            isinstance(name, str) and isinstance(value, torch.Tensor) and not value.is_sparse
+            for name, value in state.items()
         ):
             raise BadCheckpoint(f"{file} holds something other than named tensors.")
         target = _safetensors_name(file.name)
         state = _without_aliases(state) if tied else state
         tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
-        save_file(tensors, folder / target, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / target, metadata={"format": "pt"})
+        except Exception as error:  # a number format that safetensors has not
+            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            raise BadCheckpoint(f"{file} cannot be stored as safetensors: {first}") from error
         weight_map |= dict.fromkeys(tensors, target)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    for path in source.iterdir():
-        if path.is_file() and not path.name.startswith("pytorch_model"):
-            shutil.copyfile(path, folder / path.name)
+    for path in _beside_pickles(source):
+        shutil.copyfile(path, folder / path.name)
+
+
+def _beside_pickles(folder: Path) -> list[Path]:
+    """What belongs to a checkpoint of pickles, other copies of the weights left aside."""
+    kept, _ = other_files(folder, set())
+    return [folder / name for name in kept if "/" not in name and (folder / name).is_file()]
 
 
 def _without_aliases(state: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Hub, and need not fit into memory.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint
 from surgery.errors import Unsupported
-from surgery.loading import quiet, refuse_remote_code
+from surgery.loading import auto_class, quiet, refuse_remote_code
 from surgery.locate import Emergence, agree, vote
 from surgery.observe import backbone, decoder_layers, hidden, pad
 
@@ -31,6 +32,10 @@ PATIENCE = 8
 _ROW_GAP = 64 * 1024
 # Prompts within this factor of each other's length share a batch; more padding wastes time.
 _SIMILAR = 1.5
+# Tokens of a batch, at most, unless one prompt is longer: bounds the memory of activations.
+_BATCH_TOKENS = 1024
+# Elements of a tensor that are read at a time. On the Hub each piece is a request.
+_PIECE = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """The model without its parameters, in evaluation mode."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     refuse_remote_code(checkpoint.folder, trust_remote_code)
     with quiet(), _parameters_on_meta():
@@ -89,7 +94,7 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool
             config = AutoConfig.from_pretrained(
                 checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-            model = AutoModelForCausalLM.from_config(
+            model = auto_class(config).from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         except Exception as error:
@@ -126,8 +131,16 @@ class LayerStream:
     def tensor(self, name: str) -> torch.Tensor:
         """A stored tensor in the dtype of the analysis."""
         entry = self._checkpoint.tensors[name]
-        raw = self._meter.read(entry.file, entry.begin, entry.end)
-        return self._torch(raw, entry.dtype, entry.shape, name)
+        found = torch.empty(math.prod(entry.shape), dtype=self._dtype, device=self._device)
+        # Piece by piece, so that the stored bytes never stand beside the whole tensor.
+        width = entry.size // max(1, len(found))
+        for begin in range(0, len(found), _PIECE):
+            end = min(begin + _PIECE, len(found))
+            raw = self._meter.read(
+                entry.file, entry.begin + begin * width, entry.begin + end * width
+            )
+            found[begin:end] = self._torch(raw, entry.dtype, (end - begin,), name)
+        return found.reshape(entry.shape)
 
     def _torch(self, raw: bytes, dtype: str, shape: tuple[int, ...], name: str) -> torch.Tensor:
         if dtype not in _TORCH:
@@ -232,14 +245,18 @@ class LayerStream:
         layers = decoder_layers(self._model, self._anatomy)
         with torch.inference_mode():
             groups = list(_groups(self.prepare(prompts)))
-            calls = [self._calls(layers, [ids for _, ids in group]) for group in groups]
-            states = [call[0][0] for call in calls]
+            states, calls = [], []
+            for group in groups:
+                recorded = self._calls(layers, [ids for _, ids in group])
+                states.append(recorded[0][0])
+                calls.append([(args, kwargs) for _, args, kwargs in recorded])
+            del recorded
             norms: list[list[torch.Tensor]] = [[] for _ in prompts]
             _keep(norms, groups, states)
             for index, layer in enumerate(layers):
                 self._fill(layer, f"{self._anatomy.layers_path}.{index}")
                 for number, call in enumerate(calls):
-                    _, args, kwargs = call[index]
+                    args, kwargs = call[index]
                     states[number] = hidden(layer(states[number], *args, **kwargs))
                 layer.to("meta")
                 _keep(norms, groups, states)
@@ -345,7 +362,8 @@ def _groups(prompts: list[list[int]]) -> Iterator[list[tuple[int, list[int]]]]:
     ordered = sorted(enumerate(prompts), key=lambda pair: len(pair[1]))
     group: list[tuple[int, list[int]]] = []
     for pair in ordered:
-        if group and len(pair[1]) > _SIMILAR * len(group[0][1]):
+        crowded = len(pair[1]) * (len(group) + 1) > _BATCH_TOKENS
+        if group and (crowded or len(pair[1]) > _SIMILAR * len(group[0][1])):
             yield group
             group = []
         group.append(pair)

@@ -21,7 +21,7 @@ LOCATING_PROMPTS = 8
 # Tokens of context in calibration and measurement.
 WINDOW = 256
 # Longest prompt when locating.
-LONGEST_PROMPT = 2048
+LONGEST_PROMPT = 1100
 # Shorter remainders of a text say little about a model.
 SHORTEST = 8
 

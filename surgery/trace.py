@@ -10,16 +10,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from surgery.anatomy import Anatomy, AttentionInput, check_depth, check_shapes, depth_of, width_of
+from surgery.anatomy import (
+    Anatomy,
+    AttentionInput,
+    check_depth,
+    check_shapes,
+    depth_of,
+    text_config,
+    width_of,
+)
 from surgery.checkpoint import Checkpoint
 from surgery.errors import Unsupported
-from surgery.loading import quiet
+from surgery.families import NO_GAIN
+from surgery.loading import auto_class, quiet
+from surgery.names import StoredNames
 
 # Operations whose result holds the same columns in the same places, zeros still zero.
 _TRANSPARENT = {
@@ -43,6 +53,7 @@ _TRANSPARENT = {
     "expand",
     "__get__",
 }
+_TRANSPOSE = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.t, torch.t)
 # Attributes and bookkeeping that read no values.
 _HARMLESS = {"size", "dim", "is_floating_point", "numel", "stride", "is_contiguous", "__len__"}
 
@@ -65,6 +76,9 @@ class Consumer:
 class _Trace(TorchFunctionMode):
     names: Mapping[int, str]
     width: int
+    attentions: frozenset[str]
+    transposed: dict[int, str] = field(default_factory=dict)
+    runs: dict[str, int] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
     origin: dict[int, str] = field(default_factory=dict)
     consumers: dict[str, list[Consumer]] = field(default_factory=dict)
@@ -81,11 +95,24 @@ class _Trace(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = _without_values(func, args)
+        if result is None:
+            result = func(*args, **kwargs)
+        self._note_transposed(func, args, result)
         tagged = [t for t in _tensors((*args, *kwargs.values())) if id(t) in self.origin]
         if tagged:
             self._use(func, args, result, tagged)
         return result
+
+    def _note_transposed(self, func: Any, args: tuple, result: Any) -> None:
+        name = self.names.get(id(args[0])) if args else None
+        if name is not None and func in _TRANSPOSE:
+            self.kept.append(result)
+            self.transposed[id(result)] = name
+
+    def in_attention(self, module: str) -> bool:
+        """Whether a module is an attention module of a decoder layer, or part of one."""
+        return any(module == one or module.startswith(f"{one}.") for one in self.attentions)
 
     def _use(self, func: Any, args: tuple, result: Any, tagged: list[torch.Tensor]) -> None:
         name = getattr(func, "__name__", str(func))
@@ -94,7 +121,7 @@ class _Trace(TorchFunctionMode):
             return
         if isinstance(result, torch.Tensor) and result is tagged[0]:
             return
-        if name in _TRANSPARENT and result.shape[-1:] == (self.width,):
+        if (name in _TRANSPARENT or _is_scaling(name, args)) and result.shape[-1:] == (self.width,):
             self.tag(result, norm)
             return
         module = self.stack[-1] if self.stack else ""
@@ -106,7 +133,33 @@ class _Trace(TorchFunctionMode):
             return self.names.get(id(args[1])), 1
         if name == "addmm" and args[1] is x:
             return self.names.get(id(args[2])), 0
+        if name in ("matmul", "__matmul__") and args[0] is x:
+            transposed = self.transposed.get(id(args[1]))
+            return (transposed, 1) if transposed else (self.names.get(id(args[1])), 0)
         return None, 1
+
+
+def _is_scaling(name: str, args: tuple) -> bool:
+    """Whether an operation multiplies a tensor by a plain number."""
+    return name in ("mul", "__mul__", "__rmul__") and any(
+        isinstance(factor, int | float) for factor in args
+    )
+
+
+def _without_values(func: Any, args: tuple) -> Any:
+    """What operations give that ask for values, which a trace has none of; None for all others.
+
+    Conditions hold: they ask whether the mask is all ones, as it is. Nothing is nonzero: no expert
+    is routed to, and what comes after the experts goes on.
+    """
+    x = args[0] if args else None
+    if not isinstance(x, torch.Tensor) or x.device.type != "meta":
+        return None
+    if func is torch.Tensor.__bool__:
+        return True
+    if func in (torch.Tensor.nonzero, torch.nonzero):
+        return torch.empty(0, x.dim(), dtype=torch.long, device="meta")
+    return None
 
 
 def _flat(value: Any) -> list[Any]:
@@ -128,30 +181,31 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Anatomy
     check_depth(checkpoint)
     model = _skeleton(checkpoint, trust_remote_code)
     config = checkpoint.config
+    model_type = str(text_config(config).get("model_type", checkpoint.model_type))
     layers_path, layers = _decoder_layers(model, depth_of(config))
     traced = _run(model, layers_path, width_of(config))
-    inputs, null_gain, axis, refusal = [], 0.0, 1, ""
-    for index, layer in enumerate(layers):
-        path = f"{layers_path}.{index}"
-        found, found_axis, found_refusal = _attention_input(checkpoint, traced, path, index)
-        inputs.append(found)
-        if found is not None:
-            axis = found_axis
-            refusal = refusal or found_refusal
-            null_gain = _null_gain(layer.get_submodule(found.norm[len(path) + 1 :]))
-    if not any(inputs):
+    finder = _Finder(model_type, traced, StoredNames(checkpoint, model))
+    found = [
+        finder.input_at(f"{layers_path}.{index}", index, layer)
+        for index, layer in enumerate(layers)
+    ]
+    known = [one for one in found if one is not None]
+    if not known:
         raise Unsupported(
-            f"{checkpoint.model_type} cannot be converted: no linear in any attention module reads "
+            f"{model_type} cannot be converted: no linear in any attention module reads "
             "the output of a norm, so there is no normed attention input to mask."
         )
+    for what in ("axis", "null_gain"):
+        if len({getattr(one, what) for one in known}) > 1:
+            raise Unsupported(f"{model_type} cannot be converted: its layers differ in {what}.")
     anatomy = Anatomy(
-        model_type=checkpoint.model_type,
+        model_type=model_type,
         hidden_size=width_of(config),
         layers_path=layers_path,
-        inputs=tuple(inputs),
-        null_gain=null_gain,
-        input_axis=axis,
-        norm_refusal=refusal,
+        inputs=tuple(one.input if one is not None else None for one in found),
+        null_gain=known[0].null_gain,
+        input_axis=known[0].axis,
+        norm_refusal=next((one.norm_refusal for one in known if one.norm_refusal), ""),
         known_from="trace",
     )
     check_shapes(anatomy, checkpoint)
@@ -159,7 +213,7 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Anatomy
 
 
 def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     with quiet():
         try:
@@ -167,9 +221,11 @@ def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
                 checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(
+                model = auto_class(config).from_config(
                     config, attn_implementation="eager", trust_remote_code=trust_remote_code
                 )
+            if hasattr(model, "set_experts_implementation"):  # from transformers 5 on
+                model.set_experts_implementation("eager")  # the others want certain dtypes
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise Unsupported(
@@ -179,27 +235,35 @@ def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
 
 
 def _decoder_layers(model: Any, depth: int) -> tuple[str, list[torch.nn.Module]]:
-    lists = [
-        (name, list(module))
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth
-    ]
-    with_attention = [
-        (name, layers) for name, layers in lists if any(_attention_names(layer) for layer in layers)
-    ]
-    if len(with_attention) != 1:
+    """The text decoder's layers: the list that lies beside the token embedding.
+
+    Where the embedding lies elsewhere, the one list of the right length with attention in it.
+    """
+    embedding = model.get_input_embeddings()
+    found = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.ModuleList) or len(module) != depth:
+            continue
+        if any(_attention_names(layer) for layer in module):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            beside = any(child is embedding for child in owner.children())
+            found.append((beside, name, list(module)))
+    chosen = [one for one in found if one[0]] or found
+    if len(chosen) != 1:
         raise Unsupported(
-            f"{type(model).__name__} has {len(with_attention)} lists of {depth} decoder layers "
+            f"{type(model).__name__} has {len(chosen)} lists of {depth} decoder layers "
             "with attention, expected one."
         )
-    return with_attention[0]
+    return chosen[0][1:]
 
 
 def _attention_names(layer: torch.nn.Module) -> list[str]:
+    """Which children of a layer are attention, by their own name or their class's."""
     return [
         name
         for name, child in layer.named_children()
-        if ("attn" in name or "attention" in name) and not _is_norm(name, child)
+        if ("attn" in name or "attention" in f"{name} {type(child).__name__}".lower())
+        and not _is_norm(name, child)
     ]
 
 
@@ -210,9 +274,15 @@ def _is_norm(name: str, module: torch.nn.Module) -> bool:
 
 def _run(model: Any, layers_path: str, width: int) -> _Trace:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    traced = _Trace(names, width)
+    layers = list(model.get_submodule(layers_path))
+    attentions = frozenset(
+        f"{layers_path}.{index}.{name}"
+        for index, layer in enumerate(layers)
+        for name in _attention_names(layer)
+    )
+    traced = _Trace(names, width, attentions)
     handles = []
-    for index, layer in enumerate(model.get_submodule(layers_path)):
+    for index, layer in enumerate(layers):
         _survive_routing(traced, layer, f"{layers_path}.{index}")
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(_push(traced, name)))
@@ -246,14 +316,14 @@ def _survive_routing(traced: _Trace, layer: torch.nn.Module, path: str) -> None:
             return forward(hidden_states, *args, **kwargs)
         except Exception:
             failed = next((name for name in traced.stack if name.count(".") >= depth), path)
-            if _in_attention(failed, path) or failed == path:
+            if traced.in_attention(failed) or failed == path:
                 raise
             del traced.stack[traced.stack.index(path) + 1 :]
             return hidden_states
 
     layer.forward = run
     for name, child in layer.named_children():
-        if not _in_attention(f"{path}.{name}", path):
+        if not traced.in_attention(f"{path}.{name}"):
             child.register_forward_pre_hook(_enter(traced, f"{path}.{name}"), with_kwargs=True)
 
 
@@ -295,73 +365,109 @@ def _pop(traced: _Trace) -> Any:
 
 def _mark(traced: _Trace, name: str) -> Any:
     def mark(_module: Any, _args: Any, result: Any) -> None:
+        traced.runs[name] = traced.runs.get(name, 0) + 1
         if isinstance(result, torch.Tensor):
             traced.tag(result, name)
 
     return mark
 
 
-def _attention_input(
-    checkpoint: Checkpoint, traced: _Trace, path: str, index: int
-) -> tuple[AttentionInput | None, int, str]:
-    """The attention input of one layer, the axis of its readers, and why `norm` is not legal."""
-    for norm, consumers in traced.consumers.items():
-        if norm.rpartition(".")[0] != path:
-            continue
-        inside = [c for c in consumers if _in_attention(c.module, path)]
-        if not inside:
-            continue
-        strange = next((c for c in inside if c.weight is None), None)
-        if strange is not None:
-            raise Unsupported(
-                f"{checkpoint.model_type} cannot be converted: {strange.module} reads the "
-                f"attention input through {strange.operation}, which no weight edit can mask."
-            )
-        outside = [c for c in consumers if not _in_attention(c.module, path)]
-        refusal = f"{outside[0].module or path} reads the same norm" if outside else ""
+@dataclass(frozen=True)
+class _Found:
+    """The attention input of one layer, the axis of its readers, and what its norm allows."""
+
+    input: AttentionInput
+    axis: int
+    null_gain: float
+    norm_refusal: str
+
+
+@dataclass(frozen=True)
+class _Finder:
+    """Reads a finished trace, layer by layer."""
+
+    model_type: str
+    traced: _Trace
+    stored: StoredNames
+
+    def input_at(self, path: str, index: int, layer: torch.nn.Module) -> _Found | None:
+        """The attention input of a layer; None where no norm of the layer feeds attention."""
+        for norm, consumers in self.traced.consumers.items():
+            inside = [c for c in consumers if self.traced.in_attention(c.module)]
+            if inside and norm.rpartition(".")[0] == path:
+                outside = [c for c in consumers if c not in inside]
+                return self._found(path, index, layer, norm, inside, outside)
+        return None
+
+    def _found(
+        self,
+        path: str,
+        index: int,
+        layer: torch.nn.Module,
+        norm: str,
+        inside: list[Consumer],
+        outside: list[Consumer],
+    ) -> _Found:
+        self._require_plain(path, norm, inside)
         readers = tuple(dict.fromkeys(str(c.weight).rpartition(".")[0] for c in inside))
-        attention = ".".join(readers[0].split(".")[: path.count(".") + 2])
-        stored = _stored_name(checkpoint)
-        gain, bias = stored(f"{norm}.weight"), stored(f"{norm}.bias")
-        return (
+        module = layer.get_submodule(norm[len(path) + 1 :])
+        has_gain = isinstance(getattr(module, "weight", None), torch.Tensor)
+        has_bias = isinstance(getattr(module, "bias", None), torch.Tensor)
+        refusal = "" if has_gain else NO_GAIN
+        if outside:
+            refusal = f"{_who(outside[0], path)} the same norm"
+        return _Found(
             AttentionInput(
                 layer=index,
                 norm=norm,
-                attention=attention,
+                attention=".".join(readers[0].split(".")[: path.count(".") + 2]),
                 readers=readers,
-                gain=gain,
-                bias=bias if bias in checkpoint.tensors else None,
-                weights=tuple(stored(f"{reader}.weight") for reader in readers),
+                gain=self.stored.of(f"{norm}.weight") if has_gain else "",
+                bias=self.stored.of(f"{norm}.bias") if has_bias else None,
+                weights=tuple(self.stored.of(f"{reader}.weight") for reader in readers),
             ),
             inside[0].axis,
+            _null_gain(module) if has_gain else 0.0,
             refusal,
         )
-    return None, 1, ""
+
+    def _require_plain(self, path: str, norm: str, inside: list[Consumer]) -> None:
+        """Raise Unsupported unless the readers are linears of this layer, run once."""
+        strange = next((c for c in inside if c.weight is None), None)
+        if strange is not None:
+            raise Unsupported(
+                f"{self.model_type} cannot be converted: {strange.module} reads the "
+                f"attention input through {strange.operation}, which no weight edit can mask."
+            )
+        foreign = next((c for c in inside if not str(c.weight).startswith(f"{path}.")), None)
+        if foreign is not None:
+            raise Unsupported(
+                f"{self.model_type} cannot be converted: {path} reads the attention input through "
+                f"{foreign.weight}, which belongs to another layer too."
+            )
+        if len({c.axis for c in inside}) > 1:
+            raise Unsupported(
+                f"{self.model_type} cannot be converted: the weights that read the attention input "
+                f"of {path} run over it along different axes."
+            )
+        if self.traced.runs[norm] > 1:
+            raise Unsupported(
+                f"{self.model_type} cannot be converted: {path} runs several times for each token, "
+                "so no edit reaches one run alone."
+            )
 
 
-def _in_attention(module: str, path: str) -> bool:
-    if not module.startswith(f"{path}."):
-        return False
-    child = module[len(path) + 1 :].split(".", 1)[0]
-    return "attn" in child or "attention" in child
-
-
-def _stored_name(checkpoint: Checkpoint) -> Any:
-    """Module names to checkpoint names: the same, or without the first component."""
-
-    def stored(name: str) -> str:
-        short = name.split(".", 1)[-1]
-        return short if name not in checkpoint.tensors and short in checkpoint.tensors else name
-
-    return stored
+def _who(consumer: Consumer, path: str) -> str:
+    """A consumer beside attention, as the beginning of a sentence."""
+    if consumer.module in ("", path):
+        return f"{path} itself, through {consumer.operation}, reads"
+    return f"{consumer.module} reads"
 
 
 def _null_gain(norm: torch.nn.Module) -> float:
     """The stored gain with which a norm gives exactly 0, found by trying 0 and -1."""
     probe = copy.deepcopy(norm).to_empty(device="cpu")
-    weight = getattr(probe, "weight", None)
-    if not isinstance(weight, torch.Tensor):
-        raise Unsupported(f"The norm {type(norm).__name__} has no gain to mask by.")
+    weight = probe.weight
     x = torch.randn(1, 3, weight.shape[-1], generator=torch.Generator().manual_seed(0))
     for null in (0.0, -1.0):
         with torch.inference_mode():
@@ -373,25 +479,35 @@ def _null_gain(norm: torch.nn.Module) -> float:
     raise Unsupported(f"The norm {type(norm).__name__} gives zero for neither a gain of 0 nor -1.")
 
 
-def confirm(described: Anatomy | None, traced: Anatomy) -> Anatomy:
+def confirm(
+    described: Anatomy | None, traced: Anatomy, *, multimodal: bool = False
+) -> Anatomy:
     """The anatomy that the table and the trace agree on.
 
+    multimodal: where in the model the decoder layers lie is the trace's to say.
     Raises Unsupported where they disagree: the table is out of date for this transformers.
     """
     if described is None:
         return traced
-    for field_name in ("layers_path", "null_gain", "input_axis", "hidden_size"):
+    for field_name in ("model_type", "null_gain", "input_axis", "hidden_size"):
         _same(described, field_name, getattr(described, field_name), getattr(traced, field_name))
     _same(described, "legality of norm", bool(described.norm_refusal), bool(traced.norm_refusal))
     for ours, theirs in zip(described.inputs, traced.inputs, strict=True):
-        _same(described, "attention input", _comparable(ours), _comparable(theirs))
-    return Anatomy(**{**described.__dict__, "known_from": "table, confirmed by trace"})
+        _same(described, "attention input", _relative(described, ours), _relative(traced, theirs))
+    known_from = "table, confirmed by trace"
+    if multimodal:
+        return replace(traced, norm_refusal=described.norm_refusal, known_from=known_from)
+    _same(described, "layers_path", described.layers_path, traced.layers_path)
+    return replace(described, known_from=known_from)
 
 
-def _comparable(found: AttentionInput | None) -> Any:
+def _relative(anatomy: Anatomy, found: AttentionInput | None) -> Any:
+    """An attention input to compare, its modules relative to the layers."""
     if found is None:
         return None
-    return (found.norm, found.gain, found.bias, found.attention, tuple(sorted(found.weights)))
+    start = len(anatomy.layers_path)
+    modules = (found.norm[start:], found.attention[start:])
+    return (*modules, found.gain, found.bias, tuple(sorted(found.weights)))
 
 
 def _same(described: Anatomy, what: str, table: Any, traced: Any) -> None:

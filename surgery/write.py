@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,7 +98,7 @@ class _Watermark:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._position = 0
-        self._failed = False
+        self.failed = False
 
     def advance(self, position: int) -> None:
         with self._condition:
@@ -107,18 +107,22 @@ class _Watermark:
 
     def fail(self, error: BaseException) -> None:
         with self._condition:
-            self._failed = True
+            self.failed = True
             self._condition.notify_all()
 
     def wait_beyond(self, position: int) -> int | None:
         """The watermark once it exceeds `position`; None when copying failed."""
         with self._condition:
-            self._condition.wait_for(lambda: self._failed or self._position > position)
-            return None if self._failed else self._position
+            self._condition.wait_for(lambda: self.failed or self._position > position)
+            return None if self.failed else self._position
 
 
 class _Hasher(threading.Thread):
-    """sha256 of the written file, and of the source from the first patch on."""
+    """sha256 of the written file and of its source, which are equal up to the first patch.
+
+    From there on the source is hashed beside the written file, in a second thread: an early patch
+    would otherwise double the time that a checkpoint of a single file takes.
+    """
 
     def __init__(
         self,
@@ -137,49 +141,57 @@ class _Hasher(threading.Thread):
 
     def run(self) -> None:
         try:
-            self._hash()
+            with ThreadPoolExecutor(1) as beside:
+                self._hash(beside)
         except BaseException as error:
             self.error = error
 
-    def _hash(self) -> None:
-        common, position = hashlib.sha256(), 0
-        original = None
-        buffer = bytearray(_READ)
-        view = memoryview(buffer)
-        available: int | None = 0
-        begun = 0
+    def _hash(self, beside: ThreadPoolExecutor) -> None:
+        digest, view = hashlib.sha256(), memoryview(bytearray(_READ))
+        position = available = begun = 0
+        source: Future[str] | None = None
         while position < self._size:
-            if available is not None and position >= available:
-                available = self._ready.wait_beyond(position)
-            if available is None:
-                return
+            if position == self._first_patch:
+                source = beside.submit(self._hash_source, digest.copy())
+            if position >= available:
+                watermark = self._ready.wait_beyond(position)
+                if watermark is None:
+                    return
+                available = watermark
             end = min(position + _READ, available)
-            if original is None and position < self._first_patch:
+            if source is None:
                 end = min(end, self._first_patch)
-            elif original is None:
-                original = common.copy()  # both files are equal up to the first patch
             part = view[: end - position]
             _read_exactly(self._writer, part, position)
-            common.update(part)
-            if original is not None:
-                _read_exactly(self._reader, part, position)
-                original.update(part)
+            digest.update(part)
             self._progress(end - position)
             position = end
             if position - begun >= STEP:
                 _begin_write_back(self._writer, begun, position - begun)
                 begun = position
-        self.written = common.hexdigest()
-        self.source = original.hexdigest() if original is not None else self.written
+        self.written = digest.hexdigest()
+        self.source = source.result() if source is not None else self.written
+
+    def _hash_source(self, digest: hashlib._Hash) -> str:
+        """The sha256 of the source, given that of its bytes before the first patch."""
+        view = memoryview(bytearray(_READ))
+        for position in range(self._first_patch, self._size, _READ):
+            if self._ready.failed:
+                break
+            part = view[: self._size - position]
+            _read_exactly(self._reader, part, position)
+            digest.update(part)
+        return digest.hexdigest()
 
 
 def _begin_write_back(descriptor: int, position: int, count: int) -> None:
-    """Let the disk work while the next bytes are hashed, so that the final fsync finds little to do.
+    """Let the disk work while more is hashed, so that the fsync in the end finds little to do.
 
-    The advice makes Linux start writing dirty pages and drop clean ones; these pages are dirty.
+    Linux takes the advice to start writing dirty pages (these are) and to drop clean ones.
     """
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # it is only advice
+            os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
 
 
 def _read_exactly(descriptor: int, view: memoryview, position: int) -> None:

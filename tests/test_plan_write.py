@@ -249,10 +249,10 @@ def test_planning_touches_nothing(tiny: Tiny, tmp_path: Path) -> None:
     [
         ([Edit("nothing", 0, "gain", (1,), 1.0)], BadCheckpoint, "no tensor nothing"),
         ([Edit("a", 0, "gain", (1,), 1.0)] * 2, BadCheckpoint, "edited twice"),
-        ([Edit("a", 0, "gain", (4,), 1.0)], BadCheckpoint, "too small for the mask"),
-        ([Edit("a", 0, "columns", (1,), 1.0)], BadCheckpoint, "too small for the mask"),
-        ([Edit("b", 0, "columns", (2,), 1.0)], BadCheckpoint, "too small for the mask"),
-        ([Edit("b", 0, "columns", (3,), 1.0, axis=0)], BadCheckpoint, "too small for the mask"),
+        ([Edit("a", 0, "gain", (4,), 1.0)], BadCheckpoint, "the mask does not fit"),
+        ([Edit("a", 0, "columns", (1,), 1.0)], BadCheckpoint, "the mask does not fit"),
+        ([Edit("b", 0, "columns", (2,), 1.0)], BadCheckpoint, "the mask does not fit"),
+        ([Edit("b", 0, "columns", (3,), 1.0, axis=0)], BadCheckpoint, "the mask does not fit"),
         ([Edit("i", 0, "gain", (1,), 1.0)], Unsupported, "stored as I8"),
     ],
 )

@@ -16,9 +16,11 @@ from surgery.errors import SurgeryError
 _COMMANDS = {
     "analyze": "Locate the Massive Emergence Layer of a model and say why.",
     "convert": "Fold the WeMask mask into a checkpoint and write it, verified.",
+    "sweep": "Score many settings on one loaded model, and say which is best.",
     "verify": "Prove a converted checkpoint against its base.",
     "push": "Upload a converted checkpoint to the Hugging Face Hub.",
     "inspect": "Show what was done to a converted checkpoint.",
+    "compare": "Show what an edit gained and lost, on text and on tasks.",
     "card": "Render the model card of a converted checkpoint again.",
     "reproduce": "Convert again from a manifest and compare every hash.",
 }
@@ -44,7 +46,8 @@ class _Lazy(click.Group):
         except SurgeryError as error:
             from surgery.commands.terminal import printable
 
-            click.echo(f"Error: {printable(str(error))}", err=True)
+            sentence = " ".join(str(error).split())  # a stranger's file may hold line breaks
+            click.echo(f"Error: {printable(sentence)}", err=True)
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted; nothing was left behind.", err=True)

@@ -7,6 +7,9 @@ from typing import Any
 
 import click
 
+# No model has as many layers; a slip of the finger should not fill the memory.
+_DEEPEST = 10_000
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -54,9 +57,9 @@ def parse_layers(_ctx: click.Context, _parameter: click.Parameter, value: str | 
         found: list[int] = []
         for part in value.split(","):
             first, _, last = part.partition("-")
-            found += range(int(first), int(last or first) + 1)
+            found += range(int(first), min(int(last or first), _DEEPEST) + 1)
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is not a list of layers such as 7,9-11") from error
-    if not found or len(found) > 10_000:
+    if not found or max(found) >= _DEEPEST:
         raise click.BadParameter(f"{value!r} is not a list of layers such as 7,9-11")
     return tuple(sorted(set(found)))

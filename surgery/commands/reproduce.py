@@ -13,8 +13,11 @@ from surgery.commands.options import output_options
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--base", metavar="MODEL", help="The base, when it is not where the manifest says.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own Python code.")
 @output_options
-def command(folder: Path, base: str | None, as_json: bool, quiet: bool) -> None:
+def command(
+    folder: Path, base: str | None, trust_remote_code: bool, as_json: bool, quiet: bool
+) -> None:
     """Convert again from the manifest in DIR and compare every hash."""
     from rich.table import Table
 
@@ -23,7 +26,9 @@ def command(folder: Path, base: str | None, as_json: bool, quiet: bool) -> None:
     from surgery.review import reproduce
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
-    result = reproduce(folder, base=base, reporter=terminal)
+    result = reproduce(
+        folder, base=base, trust_remote_code=trust_remote_code, reporter=terminal
+    )
     table = Table(title="Reproduction", title_justify="left")
     for heading in ("file", "recorded sha256", "repeated"):
         table.add_column(heading)

@@ -17,6 +17,7 @@ from surgery.verification import Verification
 
 if TYPE_CHECKING:
     from surgery.probe import Evidence
+    from surgery.sweeping import Sweep
 
 
 def tables(result: Any) -> Iterator[RenderableType]:
@@ -175,4 +176,40 @@ def _verification(verification: Verification) -> RenderableType:
     for check in verification.checks:
         mark = "[green]✓[/green]" if check.passed else "[bold red]✗[/bold red]"
         table.add_row(mark, safe(check.name), safe(check.detail))
+    return table
+
+
+def sweep_table(found: Sweep) -> Table:
+    """Every point of a sweep, best first, narrow enough for a terminal."""
+    table = Table(
+        title=f"Sweep of {safe(found.model)}: lowest {found.score} first "
+        f"(base perplexity {number(found.base_perplexity)})",
+        caption="KL ref: KL(paper's reference ‖ folded); KL base: KL(base ‖ folded); nats",
+        title_justify="left",
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    several = len({row.point.strength for row in found.rows}) > 1
+    for heading in ("rate", "scope", "fold", "select", *(("strength",) if several else ())):
+        table.add_column(heading)
+    for heading in ("perplexity", "against", "KL ref", "KL base"):
+        table.add_column(heading, justify="right")
+    table.add_column("front")
+    for row in found.rows:
+        point, figures = row.point, row.figures
+        settings = [f"{point.rate:g}", point.scope, point.fold, point.select]
+        if several:
+            settings.append(f"{point.strength:g}")
+        if figures is None:
+            table.add_row(*settings, safe(row.error), style="dim")
+            continue
+        table.add_row(
+            *settings,
+            number(figures["perplexity"]),
+            f"{figures['against_base']:+.1%}",
+            number(figures["kl_from_reference"]),
+            number(figures["kl_from_base"]),
+            "●" if row.on_front else "",
+            style="bold green" if row is found.best else None,
+        )
     return table

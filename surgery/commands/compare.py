@@ -1,0 +1,261 @@
+"""surgery compare"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.commands.options import output_options
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from surgery.comparison import Comparison
+    from surgery.tasks import TaskRow
+
+
+def _numbers(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,1,2") from error
+
+
+def _words(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+
+
+@click.command()
+@click.argument("base")
+@click.argument("edited", nargs=-1, required=True)
+@click.option(
+    "--text", type=click.Path(dir_okay=False), metavar="FILE", help="In place of the bundled text."
+)
+@click.option("--no-text", is_flag=True, help="Measure on tasks only.")
+@click.option(
+    "--check-tokens", type=int, default=4096, show_default=True, help="Tokens of text to measure."
+)
+@click.option(
+    "--tasks",
+    callback=_words,
+    metavar="LIST",
+    help="knowledge, math, safety, any name of lm-evaluation-harness, or YAML files and folders.",
+)
+@click.option(
+    "--data", type=click.Path(), metavar="DIR", help="Local documents for the shipped tasks."
+)
+@click.option("--limit", type=int, help="Documents per task.")
+@click.option("--batch-size", help="A number or auto.  [default: auto; 8 on the CPU]")
+@click.option(
+    "--seeds", callback=_numbers, default="0,1,2", show_default=True, help="For sampling tasks."
+)
+@click.option(
+    "--max-new-tokens", type=int, help="Per generation.  [default: 512; GSM8K 128, as the paper]"
+)
+@click.option(
+    "--temperature", type=float, help="For all generations; 0 is greedy.  [default: the task's]"
+)
+@click.option(
+    "--chat-template/--no-chat-template",
+    default=None,
+    help="Pose tasks as chat.  [default: where the tokenizer has a template]",
+)
+@click.option(
+    "--thinking/--no-thinking",
+    default=False,
+    show_default=True,
+    help="The template's enable_thinking.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(["hf", "vllm"]),
+    default="hf",
+    show_default=True,
+    help="What runs the tasks; vllm runs checkpoints only, not the reference.",
+)
+@click.option("--no-reference", is_flag=True, help="Leave out the paper's hooks on the base.")
+@click.option("--revision", help="Branch, tag or commit of a Hub BASE.")
+@click.option("--device", help="Such as cpu or cuda:0.  [default: best]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+    default="float32",
+    show_default=True,
+    help="That all models run in.",
+)
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Run the checkpoints' own Python code. Read it first."
+)
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.json",
+    help="Results file, for `surgery card DIR --results FILE`.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.png",
+    help="Curves by position, and differences with intervals.",
+)
+@output_options
+def command(
+    base: str,
+    edited: tuple[str, ...],
+    no_text: bool,
+    no_reference: bool,
+    output: Path | None,
+    plot: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Show what EDITED checkpoints gained and lost against BASE, paired and with intervals.
+
+    On text by default; on tasks of lm-evaluation-harness with --tasks. For several GPUs:
+    `accelerate launch -m surgery compare ...`.
+    """
+    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.comparison import compare
+    from surgery.errors import BadSettings
+
+    for path in (output, plot):
+        if path is not None and not path.parent.is_dir():
+            raise BadSettings(f"The folder {path.parent} does not exist.")
+    terminal = Terminal(quiet=quiet, as_json=as_json)
+    result = compare(
+        base,
+        *edited,
+        measure=not no_text,
+        reference=not no_reference,
+        reporter=terminal,
+        **options,
+    )
+    if not result.text and not result.tasks:
+        return  # one of several processes, and not the one that reports
+    if output is not None:
+        result.write(output)
+    if plot is not None:
+        from surgery.figures import plot_changes
+
+        plot_changes(result, plot)
+    if as_json:
+        print_json(result.as_dict())
+    for table in _tables(result):
+        terminal.out.print(table)
+    for path in (output, plot):
+        if path is not None:
+            terminal.out.print(f"[bold green]Written[/bold green] {safe(path)}")
+
+
+def _tables(result: Comparison) -> Iterator[RenderableType]:
+    from rich.text import Text
+
+    from surgery.commands.terminal import printable
+
+    if result.text:
+        yield _text_table(result)
+    for row in result.tasks:
+        yield _task_table(row)
+    for note in result.notes:
+        yield Text(f"note: {printable(note)}")
+
+
+def _text_table(result: Comparison) -> RenderableType:
+    from rich.table import Table
+
+    from surgery.commands.tables import number
+    from surgery.commands.terminal import safe
+
+    table = Table(
+        title=f"On {result.settings['tokens']} tokens of {safe(result.settings['text'])}",
+        title_justify="left",
+        caption=(
+            "KL in nats per position; agreement: same greedy next token as base; "
+            "Δ loss: nats per token, 95 % interval over sequences"
+        ),
+        caption_justify="left",
+    )
+    table.add_column("model", overflow="fold")
+    for heading in (
+        "perplexity",
+        "against base",
+        "KL(base ‖ ·)",
+        "KL(ref. ‖ ·)",
+        "agreement",
+        "attention on sink",
+        "Δ loss",
+    ):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    for row in result.text:
+        first = row.name == "base"
+        loss, sink = row.loss, row.sink_attention
+        table.add_row(
+            safe(row.name),
+            number(row.perplexity),
+            "" if first else f"{row.against_base:+.1%}",
+            "" if first else number(row.kl_from_base),
+            number(row.kl_from_reference),
+            "" if first else f"{row.agreement:.1%}",
+            "–" if sink is None else f"{sink:.1%}",
+            "" if loss is None else _interval(loss.difference, loss.low, loss.high, 4),
+            "" if loss is None else loss.verdict or "not tested (no scipy)",
+        )
+    return table
+
+
+def _task_table(row: TaskRow) -> RenderableType:
+    from rich.table import Table
+
+    from surgery.commands.terminal import safe
+
+    limited = f" of {row.available}" if row.n < row.available else ""
+    seeds = "no sampling" if row.deterministic else f"{len(row.seeds)} seed(s)"
+    direction = "higher" if row.higher_is_better else "lower"
+    table = Table(
+        title=f"{safe(row.task)}, {safe(row.metric)} ({direction} is better): {row.n}{limited} "
+        f"documents, {seeds}",
+        title_justify="left",
+    )
+    table.add_column("model", overflow="fold")
+    for heading in (
+        "mean ± error",
+        "deviation over seeds",
+        "at the limit",
+        "difference, 95 %",
+        "gained / lost",
+        "exact p",
+    ):
+        table.add_column(heading, justify="right")
+    table.add_column("verdict")
+    for name, found in row.variants.items():
+        difference = found.difference
+        deviation = found.seed_standard_deviation
+        words = ["", "", "", ""]
+        if difference is not None:
+            words = [
+                _interval(difference.difference, difference.low, difference.high, 3),
+                f"{difference.gained} / {difference.lost}",
+                f"{difference.p_discordant:.3g}",
+                difference.verdict,
+            ]
+        table.add_row(
+            safe(name),
+            f"{found.mean:.3f} ± {found.standard_error:.3f}",
+            "–" if deviation is None else f"{deviation:.3f}",
+            "–" if found.truncated is None else f"{found.truncated:.0%}",
+            *words,
+        )
+    return table
+
+
+def _interval(value: float, low: float | None, high: float | None, digits: int) -> str:
+    words = f"{value:+.{digits}f}"
+    if low is None or high is None:
+        return words
+    return f"{words} [{low:+.{digits}f}, {high:+.{digits}f}]"

@@ -1,0 +1,526 @@
+"""Sweeps: figures equal to the gate's, an untouched model, and points that end exactly once."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+optuna = pytest.importorskip("optuna")
+
+import surgery  # noqa: E402
+from surgery import conversion, editing, scoring, study, sweeping  # noqa: E402
+from surgery.conversion import SILENT, Settings, Subject  # noqa: E402
+from surgery.errors import BadSettings, SurgeryError  # noqa: E402
+from surgery.study import SharedStudy, Space  # noqa: E402
+
+QUICK = {"check_tokens": 256, "calibration_tokens": 512}
+FEW = {**QUICK, "rates": (0.1, 0.3), "layer": 2}
+# Enough work that a process can be killed in the middle of it.
+MANY = {
+    "rates": tuple(round(0.05 + 0.02 * step, 2) for step in range(20)),
+    "scopes": ("first", "all"),
+    "selects": ("weight", "random"),
+    "check_tokens": 1024,
+    "calibration_tokens": 512,
+    "layer": 2,
+}
+POINTS = 160
+
+
+def words_of(options: dict[str, Any]) -> list[str]:
+    """The options as a command line has them."""
+    found = []
+    for name, value in options.items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        found += [f"--{name.replace('_', '-')}", text]
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tiny) -> str:
+    return str(tiny("llama", layer=2, layers=6))
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process takes others for dead sooner than it would."""
+    monkeypatch.setattr(study, "GRACE", 5)
+
+
+# --------------------------------------------------------------------------------------------
+# Figures
+# --------------------------------------------------------------------------------------------
+
+
+def test_figures_are_those_of_the_gate(model: str, tmp_path: Path) -> None:
+    found = surgery.sweep(model, folds=("norm", "qkv", "sink"), output=tmp_path, **FEW)
+    assert len(found.rows) == 2 * 2 * 3 * 3
+    common = Settings(model=model, layer=2, **QUICK)
+    subject = Subject(surgery.resolve(model), common, SILENT)
+    anatomy = conversion.study(subject.checkpoint)
+    for row in found.rows:
+        settings = row.point.settings(common)
+        targets = (3,) if row.point.scope == "first" else (3, 4, 5)
+        mask = conversion.choose_mask(subject, anatomy, targets, settings)
+        sinks = None
+        if row.point.fold == "sink":
+            sinks, _ = conversion.calibrate_sinks(subject, anatomy, mask, settings, SILENT)
+        edits = surgery.make_edits(anatomy, mask, row.point.fold, sinks)
+        quality, _ = conversion.measure_quality(subject, anatomy, mask, edits, settings, SILENT)
+        gate, figures = asdict(quality["folded"]), row.figures
+        assert figures is not None
+        for name in ("perplexity", "against_base", "kl_from_reference", "kl_from_base"):
+            assert figures[name] == pytest.approx(gate[name], rel=1e-12, abs=1e-15), (row, name)
+        assert figures["reference_perplexity"] == quality["reference"].perplexity
+        assert figures["base_perplexity"] == quality["base"].perplexity
+        assert tuple(figures["target_layers"]) == targets
+
+
+@pytest.mark.parametrize("room", [scoring.KEPT_NUMBERS, 0])
+def test_memory_changes_no_figure(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    monkeypatch.setattr(scoring, "KEPT_NUMBERS", room)
+    monkeypatch.setattr("surgery.quality.LOGITS_BUDGET", 200_000)  # several batches
+    found = surgery.sweep(model, output=tmp_path, scopes=("first",), **FEW)
+    figures = {
+        row.point: {**(row.figures or {}), "seconds": 0, "target_layers": None}
+        for row in found.rows
+    }
+    assert len(figures) == 12
+    assert _SEEN.setdefault("figures", figures) == figures
+
+
+_SEEN: dict[str, Any] = {}
+
+
+@pytest.fixture
+def scorer(model: str) -> tuple[scoring.Scorer, Any]:
+    common = Settings(model=model, layer=2, **QUICK)
+    subject = Subject(surgery.resolve(model), common, SILENT)
+    anatomy = conversion.study(subject.checkpoint)
+    return scoring.Scorer(subject, anatomy, 2, common, None), subject
+
+
+def test_the_model_is_restored(scorer: tuple[scoring.Scorer, Any]) -> None:
+    worker, subject = scorer
+    before = {name: value.clone() for name, value in subject.model.state_dict().items()}
+    for fold in ("norm", "qkv", "sink"):
+        for scope in ("first", "all"):
+            worker.score(Settings(model="m", rate=0.3, scope=scope, fold=fold))
+    worker.require_untouched()
+    after = subject.model.state_dict()
+    assert all(bool((after[name] == value).all()) for name, value in before.items())
+
+
+def test_a_model_that_is_not_restored_is_noticed(
+    scorer: tuple[scoring.Scorer, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def stays(self: editing.EditedWeights) -> Iterator[None]:
+        for parameter, values in self._pairs:
+            parameter.data = values
+        yield
+
+    monkeypatch.setattr(editing.EditedWeights, "active", stays)
+    with pytest.raises(scoring.Touched):
+        scorer[0].score(Settings(model="m", rate=0.3))
+    with pytest.raises(scoring.Touched):
+        scorer[0].require_untouched()
+
+
+def test_front() -> None:
+    places = [(1.0, 3.0), (2.0, 2.0), (2.0, 2.0), (2.0, 2.5), (3.0, 1.0), (3.0, 3.0)]
+    assert sweeping.front(places) == [True, True, True, False, True, False]
+
+
+# --------------------------------------------------------------------------------------------
+# The command
+# --------------------------------------------------------------------------------------------
+
+
+def test_json_files_and_conversion(model: str, tmp_path: Path, run) -> None:
+    words = ["sweep", model, *words_of({**FEW, "selects": ("weight",), "score": "kl"}), "--json"]
+    made = run(*words, "-o", tmp_path / "out").ok().json()
+    assert [point["kl_from_reference"] for point in made["points"]] == sorted(
+        point["score"] for point in made["points"]
+    )
+    assert made["best"] == made["points"][0]["command"]
+    assert any(point["on_front"] for point in made["points"])
+    assert made["points"][0]["fold"] == "sink"
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == made
+    assert (tmp_path / "out" / "sweep.png").stat().st_size > 10_000
+    # Nothing is scored again, and the line it prints is a conversion.
+    before = ended_trials(tmp_path / "out")
+    again = run(*words, "-o", tmp_path / "out", "--convert-best", tmp_path / "best").ok().json()
+    assert ended_trials(tmp_path / "out") == before
+    assert again["converted"] == str(tmp_path / "best")
+    settings = surgery.read_manifest(tmp_path / "best").settings
+    assert {name: settings[name] for name in ("rate", "scope", "fold", "select")} == {
+        name: made["points"][0][name] for name in ("rate", "scope", "fold", "select")
+    }
+    line = made["best"].split()
+    assert line[:2] == ["surgery", "convert"]
+    run(*line[1:], "-o", tmp_path / "pasted").ok()
+    weights = "model.safetensors"
+    assert (tmp_path / "pasted" / weights).read_bytes() == (
+        tmp_path / "best" / weights
+    ).read_bytes()
+
+
+def test_table(model: str, tmp_path: Path, run) -> None:
+    shown = run("sweep", model, *words_of(FEW), "-o", tmp_path / "out").ok().stdout
+    assert "Sweep of tiny-llama" in shown
+    assert "surgery convert " in shown
+    assert shown.count("sink") >= 12
+    assert run("sweep", model, *words_of(FEW), "-q", "-o", tmp_path / "out").ok().stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--rates", "1.5"], "--rate must lie between 0 and 1"),
+        (["--rates", "0.001"], "masks no dimension"),
+        (["--scopes", "second"], "--scope must be one of"),
+        (["--folds", "norm,nrom"], "--fold must be one of"),
+        (["--strengths", "2"], "--strength must lie"),
+        (["--jobs", "0"], "--jobs must be at least 1"),
+        (["--trials", "0"], "--trials must be at least 1"),
+        (["--layer", "5"], "leaves no later layer"),
+        (["--text", "/nowhere.txt"], "cannot be read"),
+        (["--storage", "mysql://host/db"], "--storage must be"),
+        (["--storage", "sqlite:////nowhere/at/all.db"], "which is no folder"),
+        (["--storage", "postgresql://me:secret@127.0.0.1:1/db"], "cannot be used"),
+    ],
+)
+def test_bad_input(model: str, tmp_path: Path, run, words: list[str], part: str) -> None:
+    if "postgresql" in words[-1] and not (find_spec("psycopg") or find_spec("psycopg2")):
+        pytest.skip("no PostgreSQL driver is installed")
+    sentence = run("sweep", model, "-o", tmp_path / "out", *words).sentence()
+    assert part in sentence
+    assert "secret" not in sentence
+
+
+def test_no_emergence(tiny, tmp_path: Path, run) -> None:
+    outcome = run("sweep", tiny("llama", layer=None), "-q", "-o", tmp_path / "out")
+    assert outcome.code == 3
+    assert "no Massive Emergence Layer" in outcome.sentence()
+
+
+def test_a_fold_the_model_cannot_take(tiny, tmp_path: Path, run) -> None:
+    folder = tiny("cohere", layer=2, layers=6)
+    assert "--fold norm is not possible" in (
+        run("sweep", folder, "--folds", "norm", "-o", tmp_path / "out").sentence()
+    )
+    found = surgery.sweep(str(folder), output=tmp_path / "out", scopes=("first",), **FEW)
+    assert {row.point.fold for row in found.rows} == {"qkv", "sink"}
+
+
+def test_a_point_that_cannot_be_scored(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = scoring.Scorer.score
+
+    def score(self: scoring.Scorer, settings: Settings) -> scoring.Figures:
+        if settings.fold == "sink":
+            raise SurgeryError("no sink here")
+        return real(self, settings)
+
+    monkeypatch.setattr(scoring.Scorer, "score", score)
+    found = surgery.sweep(model, output=tmp_path, scopes=("first",), **FEW)
+    assert [row.error for row in found.rows] == [None] * 6 + ["no sink here"] * 6
+
+
+def test_other_settings_are_refused(tiny, model: str, tmp_path: Path, run) -> None:
+    options = {**FEW, "scopes": "first", "selects": "weight"}
+    run("sweep", model, *words_of(options), "-q", "-o", tmp_path / "out").ok()
+    before = ended_trials(tmp_path / "out")
+    text = tmp_path / "text.txt"
+    text.write_text("A text of one's own, " * 50)
+    for changed, part in (
+        ({"rates": (0.1, 0.2)}, "rates: 0.1, 0.3 there, 0.1, 0.2 here"),
+        ({"score": "kl"}, "score: perplexity there, kl here"),
+        ({"text": text}, "sha256 of the text"),
+        ({"check_tokens": 128}, "check tokens: 256 there, 128 here"),
+        ({"trials": 3}, "search: False there, True here"),
+    ):
+        sentence = run(
+            "sweep", model, *words_of({**options, **changed}), "-q", "-o", tmp_path / "out"
+        ).sentence()
+        assert part in sentence
+    # Other weights under the same name are noticed when there is something left to do.
+    other = tmp_path / "elsewhere" / Path(model).name
+    shutil.copytree(tiny("llama", layer=2, layers=6, seed=1), other)
+    unfinished = sorted((tmp_path / "out").glob("study.db"))[0]
+    loaded = optuna.load_study(study_name=f"{other.name}-sweep", storage=f"sqlite:///{unfinished}")
+    loaded.enqueue_trial({}, user_attrs={"index": 99})
+    sentence = run("sweep", other, *words_of(options), "-q", "-o", tmp_path / "out").sentence()
+    assert "other weights" in sentence
+    assert ended_trials(tmp_path / "out") == before
+
+
+def test_search(model: str, tmp_path: Path) -> None:
+    options = {**QUICK, "layer": 2, "trials": 6, "rates": (0.05, 0.5), "seed": 3}
+    found = surgery.sweep(model, output=tmp_path / "a", **options)
+    assert len(found.rows) == 6
+    assert all(0.05 <= row.point.rate <= 0.5 for row in found.rows)
+    assert len({row.point.rate for row in found.rows}) > 2
+    again = surgery.sweep(model, output=tmp_path / "b", **options)
+    assert [row.point for row in again.rows] == [row.point for row in found.rows]
+    more = surgery.sweep(model, output=tmp_path / "a", **{**options, "trials": 8})
+    assert {row.point for row in found.rows} < {row.point for row in more.rows}
+    assert len(more.rows) == 8
+
+
+# --------------------------------------------------------------------------------------------
+# The study
+# --------------------------------------------------------------------------------------------
+
+SPACE = Space({"rate": tuple(range(40))}, search=False)
+
+
+def open_shared(folder: Path) -> SharedStudy:
+    return SharedStudy(f"sqlite:///{folder / 'study.db'}", "s", SPACE, 0)
+
+
+def test_many_claimants(tmp_path: Path) -> None:
+    points = [{"rate": index} for index in range(40)]
+    claimed: list[int] = []
+
+    def work() -> None:
+        shared = open_shared(tmp_path)
+        shared.enqueue(points)
+        while (claim := shared.claim({})) is not None:
+            claimed.append(claim.index)
+            assert claim.parameters == {"rate": claim.index}
+            shared.complete(claim, 1.0, {"here": claim.index})
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(claimed) == list(range(40))
+    shared = open_shared(tmp_path)
+    assert shared.progress().finished
+    assert [end.figures for end in shared.ended()] == [{"here": index} for index in range(40)]
+
+
+def test_a_dead_worker_and_one_that_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "GRACE", 1)
+    shared = open_shared(tmp_path)
+    shared.enqueue([{"rate": 0}])
+    slow = shared.claim({})
+    assert slow is not None
+    assert shared.claim({}) is None
+    time.sleep(2.5)
+    other = shared.claim({})
+    assert other is not None
+    assert other.index == slow.index
+    shared.complete(slow, 1.0, {"by": "slow"})
+    assert not shared.progress().finished
+    shared.complete(other, 2.0, {"by": "other"})
+    shared.complete(slow, 1.0, {"by": "slow"})
+    assert [end.figures for end in shared.ended()] == [{"by": "other"}]
+
+
+def test_a_point_that_kills_is_given_up(tmp_path: Path) -> None:
+    shared = open_shared(tmp_path)
+    shared.enqueue([{"rate": 0}, {"rate": 1}])
+    for _ in range(study.ATTEMPTS + 2):  # handing back does not count
+        claim = shared.claim({"rate": 0})
+        assert claim is not None
+        with pytest.raises(KeyboardInterrupt), shared.alive(claim):
+            raise KeyboardInterrupt
+    for _ in range(study.ATTEMPTS):
+        claim = shared.claim({"rate": 0})
+        assert claim is not None
+        assert claim.index == 0
+        shared._storage.set_trial_state_values(claim.trial, optuna.trial.TrialState.FAIL)
+    claim = shared.claim({"rate": 0})
+    assert claim is not None
+    assert claim.index == 1
+    shared.give_up(claim, "for a reason")
+    assert shared.progress().finished
+    assert [end.error for end in shared.ended()] == [
+        f"the worker died at this point, {study.ATTEMPTS} times",
+        "for a reason",
+    ]
+
+
+# --------------------------------------------------------------------------------------------
+# Killed workers
+# --------------------------------------------------------------------------------------------
+
+
+def load(url: str) -> Any:
+    return optuna.load_study(study_name="tiny-llama-sweep", storage=url)
+
+
+def completed(url: str) -> dict[int, tuple[int, Any]]:
+    """By point, the trial that completed it and when; each point at most once."""
+    trials = [t for t in load(url).trials if t.state == optuna.trial.TrialState.COMPLETE]
+    counts = Counter(trial.user_attrs["index"] for trial in trials)
+    assert set(counts.values()) <= {1}, counts
+    return {t.user_attrs["index"]: (t.number, t.datetime_complete) for t in trials}
+
+
+def ended_trials(folder: Path) -> dict[int, tuple[int, Any]]:
+    return completed(f"sqlite:///{folder / 'study.db'}")
+
+
+def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+    """The first true answer."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            answer = condition()
+        except (KeyError, optuna.exceptions.OptunaError, OSError):
+            answer = None
+        if answer:
+            return answer
+        time.sleep(0.05)
+    raise AssertionError("this took too long")
+
+
+def test_resume_after_a_kill(model: str, tmp_path: Path, impatient: None) -> None:
+    url = f"sqlite:///{tmp_path / 'out' / 'study.db'}"
+    words = [sys.executable, "-m", "surgery", "sweep", model, "-q", "-o", str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*words, *words_of(MANY)], env=environment)
+    try:
+        until(lambda: (tmp_path / "out" / "study.db").exists() and len(completed(url)) >= 5)
+    finally:
+        process.kill()
+        process.wait()
+    before = completed(url)
+    assert 5 <= len(before) < POINTS
+    found = surgery.sweep(model, output=tmp_path / "out", **MANY)
+    after = completed(url)
+    assert set(after) == set(range(POINTS))
+    assert {index: after[index] for index in before} == before
+    assert len(found.rows) == POINTS
+    assert all(row.error is None for row in found.rows)
+
+
+def kill_a_busy_worker(url: str) -> int:
+    """SIGKILL one worker in the middle of a point; the point's index."""
+
+    def attempt() -> int | None:
+        running = [
+            trial
+            for trial in load(url).get_trials(deepcopy=False)
+            if trial.state == optuna.trial.TrialState.RUNNING and "worker" in trial.user_attrs
+        ]
+        for trial in running if len(completed(url)) >= 5 else ():
+            pid = int(trial.user_attrs["worker"].rpartition(":")[2])
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(0.02)
+            still = load(url).trials[trial.number].state == optuna.trial.TrialState.RUNNING
+            os.kill(pid, signal.SIGKILL if still else signal.SIGCONT)
+            if still:
+                return 1 + int(trial.user_attrs["index"])
+        return None
+
+    return int(until(attempt)) - 1
+
+
+@contextmanager
+def postgresql() -> Iterator[str]:
+    """A server of one's own on a loopback port; it refuses to run as root."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin")) or [
+        Path(found).parent for found in [shutil.which("initdb")] if found
+    ]
+    if not programs:
+        pytest.skip("PostgreSQL is not installed (no initdb)")
+    if not (find_spec("psycopg") or find_spec("psycopg2")):
+        pytest.skip("no PostgreSQL driver is installed (wemask-surgery[postgres])")
+    prefix: list[str] = []
+    folder = Path(tempfile.mkdtemp(prefix="surgery-postgres-", dir="/tmp"))
+    if os.geteuid() == 0:
+        if "postgres" not in {entry.pw_name for entry in pwd.getpwall()}:
+            pytest.skip("PostgreSQL refuses root, and there is no user named postgres")
+        prefix = ["runuser", "-u", "postgres", "--"]
+        shutil.chown(folder, "postgres")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def call(name: str, *words: str) -> None:
+        command = [*prefix, str(programs[-1] / name), *words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/tmp")
+
+    data = str(folder / "data")
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1 -F"
+    try:
+        call("initdb", "-D", data, "-U", "sweeper", "-A", "trust")
+        call("pg_ctl", "-D", data, "-w", "-l", str(folder / "log"), "-o", options, "start")
+        try:
+            yield f"postgresql://sweeper@127.0.0.1:{port}/postgres"
+        finally:
+            call("pg_ctl", "-D", data, "-m", "immediate", "stop")
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+def test_three_workers_one_killed(model: str, tmp_path: Path, impatient: None, kind: str) -> None:
+    @contextmanager
+    def sqlite() -> Iterator[str]:
+        yield f"sqlite:///{tmp_path / 'shared.db'}"
+
+    with (postgresql if kind == "postgresql" else sqlite)() as storage:
+        url = study.database(storage)
+        found: list[surgery.Sweep] = []
+
+        def work() -> None:
+            found.append(
+                surgery.sweep(model, output=tmp_path / "out", storage=storage, jobs=3, **MANY)
+            )
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        killed = kill_a_busy_worker(url)
+        thread.join(timeout=100)
+        assert not thread.is_alive()
+        assert set(completed(url)) == set(range(POINTS))
+        trials = [trial for trial in load(url).trials if trial.user_attrs["index"] == killed]
+        assert [trial.state for trial in trials] == [
+            optuna.trial.TrialState.FAIL,
+            optuna.trial.TrialState.COMPLETE,
+        ]
+        assert len({trial.user_attrs.get("worker") for trial in load(url).trials} - {None}) == 3
+        assert [row.error for row in found[0].rows] == [None] * POINTS
+
+
+def test_all_workers_fail(tiny, tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError, match="no Massive Emergence Layer"):
+        surgery.sweep(
+            str(tiny("llama", layer=None)), output=tmp_path, jobs=2, rates=(0.1,), **QUICK
+        )
+
+
+def test_storage_names_are_checked() -> None:
+    with pytest.raises(BadSettings, match="needs a file"):
+        study.database("sqlite://")
+    assert study.database("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
