@@ -163,9 +163,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(("phi3",), readers=("self_attn.qkv_proj",)),
     Family(
         ("qwen3_next",),
-        mixers=(
-            Mixer("linear_attn", ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba")),
-        ),
+        mixers=(Mixer("linear_attn", ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba")),),
         **_UNIT_OFFSET,
     ),
     Family(

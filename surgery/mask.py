@@ -79,9 +79,7 @@ def random_dimensions(hidden_size: int, size: int, seed: int, layer: int) -> tup
     return tuple(sorted(int(i) for i in generator.choice(hidden_size, size, replace=False)))
 
 
-def attention_targets(
-    emergence_layer: int, attends: Sequence[bool], scope: str
-) -> tuple[int, ...]:
+def attention_targets(emergence_layer: int, attends: Sequence[bool], scope: str) -> tuple[int, ...]:
     """Target layers of a model in which only some layers attend: the others are skipped.
 
     attends: per layer, whether it has an attention input. The first target is then the first

@@ -101,6 +101,7 @@ def summary(analysis: Analysis) -> dict[str, Any]:
         "hidden_size": analysis.anatomy.hidden_size,
         "emergence": emergence.as_dict(),
         "targets": {scope: list(analysis.targets(scope)) for scope in ("first", "all")},
+        "streamed": analysis.streamed.summary() if analysis.streamed is not None else None,
     }
     if analysis.evidence is not None:
         found["evidence"] = evidence_data(analysis.evidence, emergence)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +47,13 @@ class Streamed:
     depth: int
     bytes_read: int
     bytes_total: int
+
+    def summary(self) -> dict[str, int]:
+        """How much was read, for JSON."""
+        return {
+            name: getattr(self, name)
+            for name in ("layers_run", "depth", "bytes_read", "bytes_total")
+        }
 
 
 class _Meter:
@@ -428,18 +435,3 @@ def stream_emergence(
         bytes_read=stream.bytes_read,
         bytes_total=checkpoint.size,
     )
-
-
-def supported(checkpoint: Checkpoint) -> bool:
-    """Whether every tensor is stored in a format that can be streamed."""
-    return all(entry.dtype in _TORCH for entry in checkpoint.tensors.values())
-
-
-def summary(streamed: Streamed) -> Mapping[str, int]:
-    """How much was read, for JSON."""
-    return {
-        "layers_run": streamed.layers_run,
-        "depth": streamed.depth,
-        "bytes_read": streamed.bytes_read,
-        "bytes_total": streamed.bytes_total,
-    }

@@ -479,9 +479,7 @@ def _null_gain(norm: torch.nn.Module) -> float:
     raise Unsupported(f"The norm {type(norm).__name__} gives zero for neither a gain of 0 nor -1.")
 
 
-def confirm(
-    described: Anatomy | None, traced: Anatomy, *, multimodal: bool = False
-) -> Anatomy:
+def confirm(described: Anatomy | None, traced: Anatomy, *, multimodal: bool = False) -> Anatomy:
     """The anatomy that the table and the trace agree on.
 
     multimodal: where in the model the decoder layers lie is the trace's to say.

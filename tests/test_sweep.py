@@ -220,7 +220,7 @@ def test_bad_input(model: str, tmp_path: Path, run, words: list[str], part: str)
 
 
 def test_no_emergence(tiny, tmp_path: Path, run) -> None:
-    outcome = run("sweep", tiny("llama", layer=None), "-q", "-o", tmp_path / "out")
+    outcome = run("sweep", tiny("llama", planted=False), "-q", "-o", tmp_path / "out")
     assert outcome.code == 3
     assert "no Massive Emergence Layer" in outcome.sentence()
 
@@ -516,7 +516,7 @@ def test_three_workers_one_killed(model: str, tmp_path: Path, impatient: None, k
 def test_all_workers_fail(tiny, tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match="no Massive Emergence Layer"):
         surgery.sweep(
-            str(tiny("llama", layer=None)), output=tmp_path, jobs=2, rates=(0.1,), **QUICK
+            str(tiny("llama", planted=False)), output=tmp_path, jobs=2, rates=(0.1,), **QUICK
         )
 
 

@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     help="Share of the dimensions in the evidence: the largest gains, and the mask.",
 )
 @click.option(
+    "--stream/--no-stream",
+    default=None,
+    help="Run layer by layer from the files, or load the model whole.  "
+    "[default: stream what is on the Hub, or larger than 8 GB]",
+)
+@click.option("--all-layers", is_flag=True, help="Stream to the last layer, for a whole table.")
+@click.option(
     "--evidence", is_flag=True, help="Print everything the paper measures, by layer; takes longer."
 )
 @click.option(
@@ -109,6 +116,12 @@ def _one(
             f"target layers: --scope first → {list(first)}, --scope all → {every[0]} to {every[-1]}"
         )
     _say_written(terminal, report, plot)
+    if analysis.streamed is not None:
+        seen = analysis.streamed
+        terminal.out.print(
+            f"{seen.layers_run} of {seen.depth} layers run; "
+            f"{seen.bytes_read / 1e6:,.1f} MB of {seen.bytes_total / 1e6:,.1f} MB read"
+        )
     emergence.require()
 
 

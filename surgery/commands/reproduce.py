@@ -26,9 +26,7 @@ def command(
     from surgery.review import reproduce
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
-    result = reproduce(
-        folder, base=base, trust_remote_code=trust_remote_code, reporter=terminal
-    )
+    result = reproduce(folder, base=base, trust_remote_code=trust_remote_code, reporter=terminal)
     table = Table(title="Reproduction", title_justify="left")
     for heading in ("file", "recorded sha256", "repeated"):
         table.add_column(heading)
