@@ -5,7 +5,7 @@ PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constra
 # The older transformers that checkpoints must load in too; kept apart, imported by a few tests.
 OLD    := $(VENV)/transformers-4.57
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test test-full lint benchmark clean
 
 # Convert an embedded real model, load it with stock transformers, and let both speak.
 demo: $(VENV)/ready
@@ -16,6 +16,10 @@ demo: $(VENV)/ready
 
 test: $(VENV)/ready-test
 	$(BIN)/python -m pytest
+
+# The tests that run whole models for minutes; `make test` leaves them out.
+test-full: $(VENV)/ready-test
+	$(BIN)/python -m pytest -m full
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .
@@ -33,7 +37,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/ready-test: $(VENV)/ready
-	$(PIP) -e '.[gguf,sweep,test,lint]'
+	$(PIP) -e '.[gguf,sweep,eval,test,lint]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade \
 	  --target $(OLD) transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
 	touch $@

@@ -9,6 +9,7 @@ from typing import Any
 
 from surgery.manifest import Manifest
 from surgery.resources import resource_folder
+from surgery.results import card_words, model_index
 
 # Metadata that describes the base and stays true of an edited copy.
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets", "inference")
@@ -147,9 +148,12 @@ def render_card(manifest: Manifest, base: Mapping[str, Any], *, figure: bool) ->
     environment = SandboxedEnvironment(
         autoescape=False, keep_trailing_newline=True, trim_blocks=True
     )
+    words = _words(manifest, figure)
     metadata = card_metadata(manifest, base)
+    if manifest.results is not None and manifest.results["tasks"]:
+        metadata["model-index"] = model_index(manifest.results, words["title"])
     text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
-    return environment.from_string(template).render(metadata=text, **_words(manifest, figure))
+    return environment.from_string(template).render(metadata=text, **words)
 
 
 def _words(manifest: Manifest, figure: bool) -> dict[str, Any]:
@@ -185,6 +189,7 @@ def _words(manifest: Manifest, figure: bool) -> dict[str, Any]:
         "limit": f"{settings.get('max_degradation', 0.1):+.0%}",
         "leak": _leak_words(manifest),
         "verification": manifest.verification,
+        "results": card_words(manifest.results),
         "figure": figure,
         "load_name": settings.get("push_to_hub") or f"path/to/{name}",
         "command": command_line(settings),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ import numpy as np
 from surgery.locate import Emergence
 
 if TYPE_CHECKING:
-    from surgery.comparison import Comparison
     from surgery.probe import AttentionEvidence, Evidence, PromptTrace
     from surgery.sweeping import Row, Sweep
 

@@ -139,7 +139,7 @@ def detector(center: Array64, second_moment: Array64, ridge: float) -> Array64:
 
     center: c, [D]. second_moment: Σ, mean of x xᵀ over ordinary tokens, [D, D]. ridge: share of
     Σ's mean eigenvalue that is added to its diagonal. The closed form of an MVDR beamformer, and
-    of ROME's rank-one edit (METHOD: W ← W − γ (W (m ⊙ c)) vᵀ).
+    of ROME's rank-one edit (the edit is W ← W − γ (W (m ⊙ c)) vᵀ).
     """
     size = len(center)
     loading = ridge * (np.trace(second_moment) / size or 1.0)  # 1: there were no ordinary tokens

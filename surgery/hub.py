@@ -9,6 +9,7 @@ from pathlib import Path
 
 from surgery.errors import BadSettings, SurgeryError, VerificationFailed
 from surgery.manifest import read_manifest
+from surgery.source import unreachable
 from surgery.verification import verify_files
 
 
@@ -90,7 +91,9 @@ def _in_one_sentence(repo: str) -> Iterator[None]:
                 "to a token that may write there)."
             ) from error
         raise SurgeryError(f"Uploading to {repo} failed: {_first_line(error)}") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError | RuntimeError) and not unreachable(error):
+            raise
         raise SurgeryError(f"Uploading to {repo} failed: {_first_line(error)}") from error
 
 

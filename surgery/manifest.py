@@ -59,7 +59,8 @@ class Manifest:
     """Everything that went into a converted checkpoint.
 
     settings: the arguments of `convert`. dimensions: S by target layer. emergence, quality and
-    verification are what was measured, None where it was skipped.
+    verification are what was measured, None where it was skipped; results are those of `compare`,
+    None until `card --results` puts them there.
     """
 
     tool: str
@@ -79,6 +80,7 @@ class Manifest:
     emergence: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
     verification: dict[str, Any] | None = None
+    results: dict[str, Any] | None = None
     schema_version: int = SCHEMA
 
     def rebuilt_edits(self) -> tuple[Edit, ...]:
@@ -245,6 +247,10 @@ def _check(manifest: Manifest) -> None:
     shaped(_Emergence | None, manifest.emergence)
     shaped(_Quality | None, manifest.quality)
     shaped(_Verification | None, manifest.verification)
+    if manifest.results is not None:
+        from surgery.results import check_results
+
+        check_results(manifest.results)
     check_strength(manifest.strength)
     if not manifest.dimensions:
         raise ValueError("it names no layer")

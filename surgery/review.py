@@ -16,6 +16,7 @@ from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
 from surgery.manifest import FileRecord, Manifest, read_manifest, write_manifest
 from surgery.mask import Mask
 from surgery.plan import CARD, FIGURE, edits_by_file
+from surgery.results import results_for
 from surgery.source import resolve
 from surgery.verification import (
     Verification,
@@ -164,16 +165,23 @@ def reproduce(
     }
     revision = checkpoint.origin.commit if checkpoint.origin.kind == "hub" else None
     with tempfile.TemporaryDirectory(prefix=".surgery-", dir=path.parent) as temporary:
+        output = Path(temporary) / "again"
         again = convert(
             typed,
             revision=revision,
-            output=Path(temporary) / "again",
+            output=output,
             reporter=reporter,
             spoken_as=(str(manifest.settings["model"]), manifest.settings.get("revision"), origin),
             **options,
         ).manifest
-    assert again is not None
-    repeated = {record.name: record.sha256 for record in again.files}
+        assert again is not None
+        repeated = {record.name: record.sha256 for record in again.files}
+        if manifest.results is not None and CARD in repeated:
+            # Results came after the conversion; the card must be the same but for them.
+            with_results = replace(again, results=manifest.results)
+            figure = (output / FIGURE).is_file()
+            card = render_card(with_results, front_matter(output / CARD), figure=figure)
+            repeated[CARD] = hashlib.sha256(card.encode()).hexdigest()
     files = tuple(
         FileComparison(record.name, record.sha256, repeated.get(record.name))
         for record in manifest.files
@@ -186,13 +194,17 @@ def reproduce(
     return Reproduction(files, differ)
 
 
-def refresh_card(folder: str | Path) -> Path:
+def refresh_card(folder: str | Path, *, results: str | Path | None = None) -> Path:
     """Render the card again from the manifest, which is all it needs; returns its path.
 
-    Metadata inherited from the base card is kept from the present card.
+    results: a results file of `compare`, whose figures for this checkpoint the manifest and the
+    card then hold; BadSettings when it was not measured on it. Metadata inherited from the base
+    card is kept from the present card.
     """
     path = Path(folder)
     manifest = read_manifest(path)
+    if results is not None:
+        manifest = replace(manifest, results=results_for(Path(results), manifest))
     figure = (path / FIGURE).is_file()
     card = render_card(manifest, front_matter(path / CARD), figure=figure).encode()
     known = {record.name for record in manifest.files}

@@ -67,32 +67,41 @@ def resolve(model: str, revision: str | None = None, say: Say = _silent) -> Chec
     """
     if model == DEMO:
         return _materialised(_demo_file(), Origin("gguf", DEMO_NAME, DEMO, note=_DEMO_NOTE), say)
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = _existing(model)
+    if path is not None and path.is_dir():
         if revision is not None:
             raise BadSettings("--revision is for Hub ids; a local folder has no revisions.")
         origin = Origin("directory", path.resolve().name, model)
         return _from_folder(path, origin, say)
-    if path.is_file():
+    if path is not None and path.is_file():
         if path.suffix != ".gguf":
             raise BadCheckpoint(f"{path} is a file; give a checkpoint folder or a .gguf file.")
         return _materialised(path, Origin("gguf", path.stem, model), say)
     name, _, tag = model.partition("@")
     if tag and revision is not None and tag != revision:
         raise BadSettings(f"{model} names a revision and so does --revision {revision}; give one.")
-    if not _HUB_ID.match(name) or model.startswith((".", "/", "~")):
+    if not _HUB_ID.match(name) or model.startswith((".", "/", "~")) or model.endswith("@"):
         raise BadCheckpoint(
             f"{model} is neither an existing folder or file nor the id of a model on the Hub."
         )
     return _from_hub(name, tag or revision, model, say)
 
 
+def _existing(model: str) -> Path | None:
+    """What is at a path that a user typed; None when nothing is, or it cannot be a path."""
+    try:
+        path = Path(model).expanduser()
+        return path if path.exists() else None
+    except (OSError, RuntimeError, ValueError):  # too long, or the home of nobody
+        return None
+
+
 def _from_folder(folder: Path, origin: Origin, say: Say) -> Checkpoint:
     safetensors = (folder / SINGLE).exists() or (folder / INDEX).exists()
-    if not safetensors and not list(folder.glob("*.safetensors")):
+    if not safetensors:
         if (folder / "adapter_config.json").is_file():
             raise BadCheckpoint(f"{folder} is a PEFT adapter; merge it into its base model first.")
-        if _pickles(folder):
+        if _pickles(folder) and not any(folder.glob("*.safetensors")):
             return _materialised(folder, Origin("bin", origin.name, origin.typed), say)
     return open_checkpoint(folder, origin)
 
@@ -103,18 +112,19 @@ def resolve_light(model: str, revision: str | None = None, say: Say = _silent) -
     Its small files are fetched, its headers read, and its weights left to be read by byte range.
     """
     name, _, tag = model.partition("@")
-    if model == DEMO or Path(model).expanduser().exists() or not _HUB_ID.match(name):
+    if model == DEMO or _existing(model) or not _HUB_ID.match(name) or model.endswith("@"):
         return resolve(model, revision, say)
     wanted = tag or revision
     with _hub_errors(name, wanted):
         import huggingface_hub
-        from huggingface_hub.errors import OfflineModeIsEnabled
 
         from surgery.remote import SMALL_FILES, HubRanges
 
         try:
             info = huggingface_hub.HfApi().model_info(name, revision=wanted)
-        except (OfflineModeIsEnabled, ConnectionError):
+        except Exception as error:
+            if not unreachable(error):
+                raise
             return resolve(model, revision, say)
         cached = _cached(name, info.sha)
         if cached is not None:
@@ -147,7 +157,6 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
 def _from_hub(name: str, revision: str | None, typed: str, say: Say) -> Checkpoint:
     import huggingface_hub
-    from huggingface_hub.errors import OfflineModeIsEnabled
 
     with _hub_errors(name, revision):
         try:
@@ -159,7 +168,9 @@ def _from_hub(name: str, revision: str | None, typed: str, say: Say) -> Checkpoi
             folder = huggingface_hub.snapshot_download(
                 name, revision=revision, ignore_patterns=ignored
             )
-        except (OfflineModeIsEnabled, ConnectionError):
+        except Exception as error:
+            if not unreachable(error):
+                raise
             folder = huggingface_hub.snapshot_download(
                 name, revision=revision, local_files_only=True
             )
@@ -199,9 +210,20 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         raise BadCheckpoint(
             f"{wanted} is not in the local cache and the Hub cannot be reached (offline?)."
         ) from error
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, HfHubHTTPError | OSError | ValueError) and not unreachable(error):
+            raise
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise BadCheckpoint(f"Fetching {wanted} from the Hub failed: {first}") from error
+
+
+def unreachable(error: Exception) -> bool:
+    """Whether an exception says that no answer came from the Hub.
+
+    By name, because the HTTP library differs between releases of huggingface_hub.
+    """
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"ConnectionError", "TransportError", "Timeout"})
 
 
 def _demo_file() -> Path:
@@ -285,7 +307,7 @@ def _publish(temporary: Path, target: Path) -> None:
 
 
 def _gguf_to_safetensors(path: Path, folder: Path) -> None:
-    for package in ("gguf", "sentencepiece"):
+    for package in ("gguf", "sentencepiece", "accelerate"):
         if find_spec(package) is None:
             raise BadCheckpoint(
                 f"Reading .gguf files needs the package {package}: "
@@ -352,6 +374,8 @@ def _pickles_to_safetensors(source: Path, files: list[Path], folder: Path) -> No
     import torch
     from safetensors.torch import save_file
 
+    from surgery.loading import quiet
+
     weight_map: dict[str, str] = {}
     total = 0
     if not (source / "config.json").is_file():
@@ -359,12 +383,13 @@ def _pickles_to_safetensors(source: Path, files: list[Path], folder: Path) -> No
     tied = read_json(source / "config.json").get("tie_word_embeddings", True)
     for file in files:
         try:
-            state = torch.load(
-                file,
-                map_location="cpu",
-                weights_only=True,
-                mmap=zipfile.is_zipfile(file),  # files from before torch 1.6 are no archives
-            )
+            with quiet():
+                state = torch.load(
+                    file,
+                    map_location="cpu",
+                    weights_only=True,
+                    mmap=zipfile.is_zipfile(file),  # files from before torch 1.6 are no archives
+                )
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise BadCheckpoint(

@@ -134,18 +134,23 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """Tasks ready to run. rows: (name, leaf tasks), a group that aggregates being one row."""
+    """Tasks ready to run. rows: (name, leaf tasks), a group that aggregates being one row.
+
+    manager: the harness's index, which takes it seconds to build.
+    """
 
     settings: TaskSettings
     rows: tuple[tuple[str, tuple[str, ...]], ...]
     tasks: Mapping[str, Any]
     sampled: frozenset[str]
     notes: tuple[str, ...] = ()
+    manager: Any = None
 
 
 def require_harness() -> None:
     """Raise SurgeryError, saying what to install, where lm-evaluation-harness is missing."""
-    lacking = [name for name in ("lm_eval", "datasets", "scipy") if find_spec(name) is None]
+    needed = ("lm_eval", "datasets", "scipy", "accelerate", "peft")
+    lacking = [name for name in needed if find_spec(name) is None]
     if lacking:
         raise SurgeryError(
             f"--tasks needs lm-evaluation-harness ({lacking[0]} is not installed); run: "
@@ -189,7 +194,7 @@ def load_tasks(settings: TaskSettings, reporter: Reporter) -> LoadedTasks:
                 "given answers."
             )
     kept = tuple(dict.fromkeys(rows))
-    return LoadedTasks(settings, kept, tasks, sampled, tuple(notes))
+    return LoadedTasks(settings, kept, tasks, sampled, tuple(notes), manager)
 
 
 def _manager(shipped: Path, folders: Sequence[Path], settings: TaskSettings, defaults: bool) -> Any:
@@ -534,6 +539,7 @@ class _Host:
                 num_fewshot=0,
                 limit=self._loaded.settings.limit,
                 apply_chat_template=self._template,
+                task_manager=self._loaded.manager,
                 log_samples=True,
                 bootstrap_iters=0,
                 random_seed=seed,

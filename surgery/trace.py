@@ -53,7 +53,8 @@ _TRANSPARENT = {
     "expand",
     "__get__",
 }
-_TRANSPOSE = (torch.Tensor.T.__get__, torch.Tensor.mT.__get__, torch.Tensor.t, torch.t)
+_TENSOR: Any = torch.Tensor  # the type of its properties is not what mypy thinks
+_TRANSPOSE = (_TENSOR.T.__get__, _TENSOR.mT.__get__, _TENSOR.t, torch.t)
 # Attributes and bookkeeping that read no values.
 _HARMLESS = {"size", "dim", "is_floating_point", "numel", "stride", "is_contiguous", "__len__"}
 
@@ -466,7 +467,7 @@ def _who(consumer: Consumer, path: str) -> str:
 
 def _null_gain(norm: torch.nn.Module) -> float:
     """The stored gain with which a norm gives exactly 0, found by trying 0 and -1."""
-    probe = copy.deepcopy(norm).to_empty(device="cpu")
+    probe: Any = copy.deepcopy(norm).to_empty(device="cpu")
     weight = probe.weight
     x = torch.randn(1, 3, weight.shape[-1], generator=torch.Generator().manual_seed(0))
     for null in (0.0, -1.0):

@@ -159,6 +159,7 @@ def python(*words: Any, **options: Any) -> Outcome:
         text=True,
         timeout=120,
         check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         **options,
     )
     return Outcome(done.returncode, done.stdout, done.stderr)

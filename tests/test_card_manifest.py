@@ -283,8 +283,7 @@ def test_any_damage(
     (target / MANIFEST).write_text(json.dumps(found))
     try:
         manifest = read_manifest(target)
-    except BadCheckpoint as error:
-        assert str(error)
+    except BadCheckpoint:
         return
     # What was read can be used, whether or not it is true.
     render_card(manifest, {}, figure=True)
@@ -506,9 +505,7 @@ def test_other_strengths(strength: float, converted: Callable[..., Path]) -> Non
 
 
 def test_given_layers(tiny: Tiny, tmp_path: Path) -> None:
-    surgery.convert(
-        str(tiny()), layers=(2, 4, 5), check=False, fold="qkv", output=tmp_path / "out"
-    )
+    surgery.convert(str(tiny()), layers=(2, 4, 5), check=False, fold="qkv", output=tmp_path / "out")
     card = (tmp_path / "out" / CARD).read_text()
     assert "In layers 2, 4, 5, 6 of the 64" in card
     assert "target layers were given by the user" in card

@@ -302,7 +302,8 @@ def test_index_that_leaves_the_folder(sharded: Path, name: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "\xff", "[" * 99999]
+    "content",
+    ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "\xff", "[" * 99999],
 )
 def test_damaged_index(sharded: Path, content: str) -> None:
     (sharded / INDEX).write_text(content, encoding="latin-1")

@@ -141,7 +141,7 @@ def test_fold_equals_masking_every_token(
         patient.mask,
     )
     if fold == "norm" and family in SHARED_NORM:
-        with pytest.raises(Unsupported, match="--fold norm is not possible.*use --fold qkv"):
+        with pytest.raises(Unsupported, match=r"--fold norm is not possible.*use --fold qkv"):
             make_edits(anatomy, mask, fold)
         return
     base = patient.logits()
@@ -289,9 +289,7 @@ def test_a_wrong_row_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setitem(
-        families._BY_TYPE, family, replace(families._BY_TYPE[family], **wrong)
-    )
+    monkeypatch.setitem(families._BY_TYPE, family, replace(families._BY_TYPE[family], **wrong))
     folder = str(tiny(family))
     checkpoint = surgery.resolve(folder)
     described = describe(checkpoint)

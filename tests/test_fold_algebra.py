@@ -370,7 +370,7 @@ def test_packed_vectors(values: list[float]) -> None:
 
 @pytest.mark.parametrize("text", ["AAA", "*", "AAAAA===", "AAAA", "é"])
 def test_other_text_does_not_unpack(text: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"."):  # binascii's words, numpy's or the codec's
         unpack(text)
 
 

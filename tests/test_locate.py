@@ -145,7 +145,7 @@ def test_no_massive_activation() -> None:
     assert emergence.layer is None
     assert emergence.confidence == "none"
     assert emergence.counts == {None: 6}
-    with pytest.raises(NoEmergence, match="no Massive Emergence Layer found.*--layer") as refused:
+    with pytest.raises(NoEmergence, match=r"no Massive Emergence Layer found.*--layer") as refused:
         emergence.require()
     assert refused.value.exit_code == 3
 

@@ -198,9 +198,7 @@ def test_output_that_appears_while_writing(
     monkeypatch.setattr("surgery.conversion.copy_plan", slow)
     for overwrite in (False, True):
         with pytest.raises(BadSettings):
-            surgery.convert(
-                str(tiny()), layer=3, check=False, output=output, overwrite=overwrite
-            )
+            surgery.convert(str(tiny()), layer=3, check=False, output=output, overwrite=overwrite)
         assert snapshot(tmp_path) == {"out": None, "out/theirs.txt": b"theirs"}
         shutil.rmtree(output)
 
@@ -525,9 +523,7 @@ def test_an_edit_that_does_not_fit_the_format(tiny_copy: Tiny, tmp_path: Path) -
     folder, output = tiny_copy("llama", dtype=torch.float16), tmp_path / "out"
     plan = planned(folder, output, "sink")
     huge = SinkDirection(np.full(2, 1e30, np.float32), np.ones(64, np.float32))
-    edits = tuple(
-        Edit(e.tensor, e.layer, e.kind, e.dimensions, 1.0, sink=huge) for e in plan.edits
-    )
+    edits = tuple(Edit(e.tensor, e.layer, e.kind, e.dimensions, 1.0, sink=huge) for e in plan.edits)
     plan = make_plan(plan.checkpoint, edits, output)
     with (
         pytest.raises(BadCheckpoint, match="does not fit into F16"),
@@ -565,10 +561,8 @@ def test_source_that_shrinks(
     interrupted(tmp_path, source, BadCheckpoint, "became shorter while it was read")
 
 
-@pytest.mark.parametrize("change", [-1, 1, -10**6])
-def test_source_that_changed_since_the_plan(
-    change: int, tiny_copy: Tiny, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("change", [-1, 1, -(10**6)])
+def test_source_that_changed_since_the_plan(change: int, tiny_copy: Tiny, tmp_path: Path) -> None:
     source, output = tiny_copy(), tmp_path / "out"
     plan = planned(source, output)
     file = source / "model.safetensors"
@@ -658,9 +652,7 @@ def test_failure_leaves_the_earlier_output(
 
     monkeypatch.setattr(os, "rename", once_only)
     with pytest.raises(SurgeryError, match="Permission denied"):
-        surgery.convert(
-            str(tiny()), layer=3, check=False, rate=0.5, output=output, overwrite=True
-        )
+        surgery.convert(str(tiny()), layer=3, check=False, rate=0.5, output=output, overwrite=True)
     assert snapshot(tmp_path) == before
 
 

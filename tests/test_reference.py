@@ -222,9 +222,7 @@ def test_packed_sequences(subject: tuple[Any, Anatomy, Mask], sequences: list[li
     """Several sequences in one row, told apart by positions that begin again at 0."""
     model, anatomy, mask = subject
     packed = [[token for sequence in sequences for token in sequence]]
-    positions = torch.tensor(
-        [[place for sequence in sequences for place in range(len(sequence))]]
-    )
+    positions = torch.tensor([[place for sequence in sequences for place in range(len(sequence))]])
     with masked(model, anatomy, mask):
         together = forward(model, packed, position_ids=positions)[0]
         alone = torch.cat([forward(model, [sequence])[0] for sequence in sequences])

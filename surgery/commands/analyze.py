@@ -64,6 +64,8 @@ def command(
 
     if plot is not None and not plot.absolute().parent.is_dir():
         raise BadSettings(f"The folder of {plot} does not exist.")
+    if plot is not None and plot.suffix.lower() != ".png":
+        raise BadSettings(f"--plot draws a PNG; {plot} should end in .png.")
     if report is not None:
         from surgery.report import check_folder
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ from surgery.commands.options import output_options
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from surgery.comparison import Comparison
-    from surgery.tasks import TaskRow
+    from surgery.comparison import Comparison, TextMeasure
+    from surgery.tasks import TaskRow, VariantScore
 
 
 def _numbers(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
@@ -140,7 +140,7 @@ def command(
     if output is not None:
         result.write(output)
     if plot is not None:
-        from surgery.figures import plot_changes
+        from surgery.comparison_figure import plot_changes
 
         plot_changes(result, plot)
     if as_json:
@@ -166,96 +166,85 @@ def _tables(result: Comparison) -> Iterator[RenderableType]:
 
 
 def _text_table(result: Comparison) -> RenderableType:
-    from rich.table import Table
-
     from surgery.commands.tables import number
-    from surgery.commands.terminal import safe
 
-    table = Table(
-        title=f"On {result.settings['tokens']} tokens of {safe(result.settings['text'])}",
-        title_justify="left",
-        caption=(
-            "KL in nats per position; agreement: same greedy next token as base; "
-            "Δ loss: nats per token, 95 % interval over sequences"
+    rows: list[tuple[str, Callable[[TextMeasure], str]]] = [
+        ("perplexity", lambda row: number(row.perplexity)),
+        ("against base", lambda row: f"{row.against_base:+.1%}" if row.loss else ""),
+        ("KL(base ‖ ·), nats per position", lambda row: number(row.kl_from_base)),
+        ("KL(reference ‖ ·)", lambda row: number(row.kl_from_reference)),
+        ("greedy next token as base", lambda row: f"{row.agreement:.1%}"),
+        (
+            "attention on the first token",
+            lambda row: "–" if row.sink_attention is None else f"{row.sink_attention:.1%}",
         ),
-        caption_justify="left",
-    )
-    table.add_column("model", overflow="fold")
-    for heading in (
-        "perplexity",
-        "against base",
-        "KL(base ‖ ·)",
-        "KL(ref. ‖ ·)",
-        "agreement",
-        "attention on sink",
-        "Δ loss",
-    ):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
-    for row in result.text:
-        first = row.name == "base"
-        loss, sink = row.loss, row.sink_attention
-        table.add_row(
-            safe(row.name),
-            number(row.perplexity),
-            "" if first else f"{row.against_base:+.1%}",
-            "" if first else number(row.kl_from_base),
-            number(row.kl_from_reference),
-            "" if first else f"{row.agreement:.1%}",
-            "–" if sink is None else f"{sink:.1%}",
-            "" if loss is None else _interval(loss.difference, loss.low, loss.high, 4),
-            "" if loss is None else loss.verdict or "not tested (no scipy)",
-        )
-    return table
+        ("loss − base, nats per token", lambda row: _signed(row.loss, 4)),
+        ("  95 % interval over sequences", lambda row: _bounds(row.loss, 4)),
+        ("verdict", lambda row: (row.loss.verdict or "not tested") if row.loss else ""),
+    ]
+    title = f"On {result.settings['tokens']} tokens of {result.settings['text']}"
+    return _models_table(title, [row.name for row in result.text], rows, result.text)
 
 
 def _task_table(row: TaskRow) -> RenderableType:
+    limited = f" of {row.available}" if row.n < row.available else ""
+    seeds = "no sampling" if row.deterministic else f"{len(row.seeds)} seeds"
+    direction = "higher" if row.higher_is_better else "lower"
+    title = f"{row.task}: {row.metric} ({direction} is better), {row.n}{limited} documents, {seeds}"
+
+    def split(found: VariantScore) -> str:
+        change = found.difference
+        return f"{change.gained} / {change.lost}" if change else ""
+
+    rows: list[tuple[str, Callable[[VariantScore], str]]] = [
+        ("mean ± standard error", lambda found: f"{found.mean:.3f} ± {found.standard_error:.3f}"),
+        ("difference from base", lambda found: _signed(found.difference, 3)),
+        ("  95 % interval, paired", lambda found: _bounds(found.difference, 3)),
+        ("documents gained / lost", split),
+        (
+            "  exact p (McNemar)",
+            lambda found: f"{found.difference.p_discordant:.3g}" if found.difference else "",
+        ),
+        ("verdict", lambda found: found.difference.verdict if found.difference else ""),
+    ]
+    if not row.deterministic:
+        rows.insert(1, ("standard deviation over seeds", _plain))
+    if row.max_new_tokens is not None:
+        rows.insert(-3, (f"cut off at {row.max_new_tokens} tokens", _share))
+    return _models_table(title, list(row.variants), rows, list(row.variants.values()))
+
+
+def _share(found: VariantScore) -> str:
+    return "–" if found.truncated is None else f"{found.truncated:.0%}"
+
+
+def _plain(found: VariantScore) -> str:
+    deviation = found.seed_standard_deviation
+    return "–" if deviation is None else f"{deviation:.3f}"
+
+
+def _models_table(
+    title: str, names: Sequence[str], rows: Sequence[tuple[str, Any]], models: Sequence[Any]
+) -> RenderableType:
+    """A measure per row and a model per column, which suits a narrow terminal."""
     from rich.table import Table
 
     from surgery.commands.terminal import safe
 
-    limited = f" of {row.available}" if row.n < row.available else ""
-    seeds = "no sampling" if row.deterministic else f"{len(row.seeds)} seed(s)"
-    direction = "higher" if row.higher_is_better else "lower"
-    table = Table(
-        title=f"{safe(row.task)}, {safe(row.metric)} ({direction} is better): {row.n}{limited} "
-        f"documents, {seeds}",
-        title_justify="left",
-    )
-    table.add_column("model", overflow="fold")
-    for heading in (
-        "mean ± error",
-        "deviation over seeds",
-        "at the limit",
-        "difference, 95 %",
-        "gained / lost",
-        "exact p",
-    ):
-        table.add_column(heading, justify="right")
-    table.add_column("verdict")
-    for name, found in row.variants.items():
-        difference = found.difference
-        deviation = found.seed_standard_deviation
-        words = ["", "", "", ""]
-        if difference is not None:
-            words = [
-                _interval(difference.difference, difference.low, difference.high, 3),
-                f"{difference.gained} / {difference.lost}",
-                f"{difference.p_discordant:.3g}",
-                difference.verdict,
-            ]
-        table.add_row(
-            safe(name),
-            f"{found.mean:.3f} ± {found.standard_error:.3f}",
-            "–" if deviation is None else f"{deviation:.3f}",
-            "–" if found.truncated is None else f"{found.truncated:.0%}",
-            *words,
-        )
+    table = Table(title=safe(title), title_justify="left")
+    table.add_column("")
+    for name in names:
+        table.add_column(safe(name), justify="right", overflow="fold")
+    for label, cell in rows:
+        table.add_row(label, *(cell(model) for model in models))
     return table
 
 
-def _interval(value: float, low: float | None, high: float | None, digits: int) -> str:
-    words = f"{value:+.{digits}f}"
-    if low is None or high is None:
-        return words
-    return f"{words} [{low:+.{digits}f}, {high:+.{digits}f}]"
+def _signed(found: Any, digits: int) -> str:
+    return "" if found is None else f"{found.difference:+.{digits}f}"
+
+
+def _bounds(found: Any, digits: int) -> str:
+    if found is None or found.low is None or found.high is None:
+        return ""
+    return f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"

