@@ -310,11 +310,16 @@ def test_mask_effect(planted, by_hand):
 def test_attention_implementation_is_restored(planted, by_hand):
     model, *_ = by_hand
     model.set_attn_implementation("sdpa")
-    inside = probe.eager_attention(model)
-    inside.__enter__()
-    assert model.config._attn_implementation == "eager"
-    with pytest.raises(RuntimeError):
-        inside.__exit__(RuntimeError, RuntimeError(), None)
+    seen = []
+
+    def fail() -> None:
+        with probe.eager_attention(model):
+            seen.append(model.config._attn_implementation)
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail()
+    assert seen == ["eager"]
     assert model.config._attn_implementation == "sdpa"
 
 

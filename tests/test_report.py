@@ -259,7 +259,7 @@ def test_command_keeps_its_json_and_writes_the_report(run, tiny, tmp_path):
     outcome = run("analyze", tiny("qwen3"), "--report", target, "--json").ok()
     keys = [
         *("model", "commit", "model_type", "anatomy", "depth", "hidden_size", "emergence"),
-        "targets",
+        *("targets", "streamed"),
     ]
     assert list(outcome.json()) == keys
     written = json.loads((target / "report.json").read_text())
