@@ -308,16 +308,19 @@ def plot_mask(evidence: Evidence, path: Path) -> None:
         _mark(lower, None)
 
 
-def plot_comparison(found: Mapping[str, Emergence], path: Path) -> None:
-    """The sink's norm over the other tokens' by layer, one curve per model (Table 8)."""
+def plot_comparison(found: Mapping[str, tuple[Emergence, int]], path: Path) -> None:
+    """The sink's norm over the other tokens' by layer, one curve per model (Table 8).
+
+    found: by name, an emergence and the model's number of layers, of which a streamed analysis
+    has seen only the first ones.
+    """
     with _drawing(path, figsize=(9, 5 + 0.3 * len(found))) as (figure, axes):
-        for index, (name, emergence) in enumerate(found.items()):
+        for index, (name, (emergence, depth)) in enumerate(found.items()):
             ratios = [row.ratio for row in emergence.rows]
-            depth = len(ratios)
-            places = (np.arange(depth) + 1) / depth
+            places = (np.arange(len(ratios)) + 1) / depth
             words = "no ME Layer" if emergence.layer is None else f"ME Layer {emergence.layer}"
             style = _style(index)
-            axes.semilogy(places, ratios, label=f"{name}: {words} of {depth}", **style)
+            axes.semilogy(places, ratios, label=f"{name}: {words}, {depth} layers", **style)
             if emergence.layer is not None:
                 place, ratio = places[emergence.layer], ratios[emergence.layer]
                 axes.plot(

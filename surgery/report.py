@@ -462,6 +462,7 @@ def write_report(analysis: Analysis, folder: Path, settings: Mapping[str, Any]) 
             title=analysis.checkpoint.origin.name,
             analysis=analysis,
             table=[table_row(Compared(analysis.checkpoint.origin.name, analysis))],
+            failures=[],
             sections=made,
             columns=COLUMNS,
             rows=analysis.evidence.rows if analysis.evidence else (),
@@ -480,7 +481,8 @@ def write_comparison(
             figures.plot_comparison(found, staged / "comparison.png")
             text = (
                 "The sink's norm over the other tokens' median, after each layer. A ring marks the "
-                "ME Layer."
+                "ME Layer. A curve that ends early belongs to a model that was read only until "
+                "the emergence had lasted."
             )
             made.append(Section("Side by side", "Table 8; Appendix H", text, "comparison.png"))
         _finish(
@@ -490,6 +492,7 @@ def write_comparison(
             title=f"{len(compared)} models",
             analysis=None,
             table=[table_row(one) for one in compared],
+            failures=[f"{one.model}: {one.error}" for one in compared if one.error is not None],
             sections=made,
             columns=(),
             rows=(),
@@ -567,14 +570,13 @@ def comparison_data(compared: Sequence[Compared]) -> list[dict[str, Any]]:
     ]
 
 
-def comparison_curves(compared: Sequence[Compared]) -> dict[str, Emergence]:
-    """The emergences to overlay, by a name that no two models share."""
-    known = [one for one in compared if one.analysis is not None]
-    names = [one.analysis.checkpoint.origin.name for one in known if one.analysis]
+def comparison_curves(compared: Sequence[Compared]) -> dict[str, tuple[Emergence, int]]:
+    """The emergences to overlay and the models' depths, by a name that no two models share."""
+    known = [(one.model, one.analysis) for one in compared if one.analysis is not None]
+    names = [analysis.checkpoint.origin.name for _, analysis in known]
     return {
-        one.model if names.count(name) > 1 else name: one.analysis.emergence
-        for one, name in zip(known, names, strict=True)
-        if one.analysis is not None
+        model if names.count(name) > 1 else name: (analysis.emergence, analysis.anatomy.depth)
+        for (model, analysis), name in zip(known, names, strict=True)
     }
 
 
@@ -582,7 +584,7 @@ def table_row(one: Compared) -> dict[str, str]:
     """One line of the paper's Table 8, and what supports it, as text by heading."""
     headings = ("model", "ME Layer", "magnification", "sink position", "layers", "confidence")
     if one.analysis is None:
-        cells = (one.model, "not analysed", "–", "–", "–", str(one.error))
+        cells = (one.model, "not analysed", "–", "–", "–", "–")
     else:
         emergence = one.analysis.emergence
         positions = ", ".join(str(place) for place in emergence.sink_positions)

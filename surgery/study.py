@@ -45,8 +45,17 @@ class Space:
     values: Mapping[str, tuple[Any, ...]]
     search: bool
 
+    def distributions(self) -> dict[str, optuna.distributions.BaseDistribution]:
+        """What optuna calls the values of the grid."""
+        import optuna
+
+        return {
+            name: optuna.distributions.CategoricalDistribution(values)
+            for name, values in self.values.items()
+        }
+
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
-        """A trial's parameters: those it was enqueued with, or what the sampler says."""
+        """A trial's parameters: those it has, or what the sampler says."""
         found: dict[str, Any] = {}
         for name, values in self.values.items():
             if self.search and isinstance(values[0], float) and len(values) > 1:
@@ -177,7 +186,7 @@ class SharedStudy:
         with self._locked():
             missing = set(range(len(points))) - {trial.user_attrs["index"] for trial in self._all()}
             for index in sorted(missing):
-                self._study.enqueue_trial(dict(points[index]), user_attrs={"index": index})
+                self._add(index, points[index], self._space.distributions())
             self._repair()
 
     def claim(self, like: Mapping[str, Any]) -> Claim | None:
@@ -309,20 +318,33 @@ class SharedStudy:
                 for other in trials
                 if other.user_attrs["index"] == index and "handed_back" not in other.user_attrs
             ]
-            attributes: dict[str, Any] = {"index": index}
+            error = None
             if len(died) >= ATTEMPTS:
-                attributes["error"] = f"the worker died at this point, {len(died)} times"
-                self._study.add_trial(
-                    optuna.trial.create_trial(
-                        state=optuna.trial.TrialState.FAIL,
-                        params=trial.params,
-                        distributions=trial.distributions,
-                        user_attrs=attributes,
-                    )
-                )
-                continue
-            fixed = trial.system_attrs.get("fixed_params", {})
-            self._study.enqueue_trial({**fixed, **trial.params}, user_attrs=attributes)
+                error = f"the worker died at this point, {len(died)} times"
+            self._add(index, trial.params, trial.distributions, error)
+
+    def _add(
+        self,
+        index: int,
+        parameters: Mapping[str, Any],
+        distributions: Mapping[str, optuna.distributions.BaseDistribution],
+        error: str | None = None,
+    ) -> None:
+        """A trial that waits, or one that has ended with an error.
+
+        Not by enqueue_trial, which would leave the parameters to be written one by one.
+        """
+        import optuna
+
+        states = optuna.trial.TrialState
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=states.WAITING if error is None else states.FAIL,
+                params=dict(parameters),
+                distributions={name: distributions[name] for name in parameters},
+                user_attrs={"index": index} if error is None else {"index": index, "error": error},
+            )
+        )
 
     def _all(self, *states: optuna.trial.TrialState) -> list[optuna.trial.FrozenTrial]:
         return self._study.get_trials(deepcopy=False, states=states or None)
@@ -337,8 +359,10 @@ class SharedStudy:
         import sqlalchemy
 
         with self._engine.begin() as connection:
-            statement = sqlalchemy.text("SELECT pg_advisory_xact_lock(hashtext(:name))")
-            connection.execute(statement, {"name": f"surgery {self.name}"})
+            # One lock for all studies of a database: making its tables concerns all of them.
+            connection.execute(
+                sqlalchemy.text("SELECT pg_advisory_xact_lock(hashtext('surgery sweep'))")
+            )
             yield
 
 
@@ -367,8 +391,7 @@ def database(url: str) -> str:
 
 
 def _shares(trial: optuna.trial.FrozenTrial, like: Mapping[str, Any]) -> bool:
-    fixed = trial.system_attrs.get("fixed_params", {})
-    return bool(like) and all(fixed.get(key) == value for key, value in like.items())
+    return bool(like) and all(trial.params.get(key) == value for key, value in like.items())
 
 
 def _has_ended(trial: optuna.trial.FrozenTrial) -> bool:

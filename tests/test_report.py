@@ -326,10 +326,23 @@ def test_comparison_without_report(run, tiny, tmp_path):
 
 
 def test_a_model_that_fails_is_a_row_and_the_exit_code(run, tiny, tmp_path):
-    outcome = run("analyze", tmp_path / "missing", tiny("qwen3"))
+    missing = tmp_path / "missing"
+    outcome = run("analyze", missing, tiny("qwen3"), "--report", tmp_path / "report")
     assert outcome.code == 7
     assert "not analysed" in outcome.stdout
     assert "tiny-qwen3" in outcome.stdout
+    page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))
+    assert f"{missing} is neither an existing folder" in page.text
+
+
+def test_a_streamed_model_keeps_its_depth_in_the_comparison(run, tiny, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(report.figures, "plot_comparison", lambda found, path: drawn.update(found))
+    models = [tiny("qwen3", layers=16), tiny("gemma2", layer=5)]
+    run("analyze", *models, "--stream", "--report", tmp_path / "report").ok()
+    (streamed, depth), (_, other) = drawn.values()
+    assert (depth, other) == (16, 8)
+    assert len(streamed.rows) < depth
 
 
 # --------------------------------------------------------------------------------------------

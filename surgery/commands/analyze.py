@@ -157,9 +157,11 @@ def _several(
     terminal.table(comparison([table_row(one) for one in compared]))
     _say_written(terminal, report, plot)
     # The others are reported all the same; the exit code says that the list is not complete.
-    for one in compared:
-        if one.error is not None:
-            raise one.error
+    failed = [one for one in compared if one.error is not None]
+    for one in failed[1:]:
+        terminal.say(f"{one.model}: {one.error}")
+    if failed and failed[0].error is not None:
+        raise failed[0].error
 
 
 def _say_written(terminal: Terminal, report: Path | None, plot: Path | None) -> None:

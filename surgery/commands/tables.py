@@ -88,7 +88,7 @@ def evidence_tables(found: Evidence) -> Iterator[RenderableType]:
 
     shown = {"sink", "others", "magnification"}
     columns = [column for column in COLUMNS if column[1] not in shown]
-    for part in (columns[:7], columns[7:]):
+    for part in (columns[:5], columns[5:10], columns[10:]):
         table = Table(
             title="Evidence by layer (medians over the prompts)",
             title_justify="left",
