@@ -27,6 +27,9 @@ from surgery.checkpoint import (
 )
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
 
+# Part of the name under which a converted source is kept: raised when the conversion changes.
+READER = 2
+
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -276,7 +279,7 @@ def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
     files = [path] if path.is_file() else _pickles(path)
     digest = file_sha256(path) if path.is_file() else _digest([*files, *_beside_pickles(path)])
     origin = Origin(origin.kind, origin.name, origin.typed, sha256=digest, note=origin.note)
-    target = cache_folder() / f"{origin.kind}-{digest[:32]}"
+    target = cache_folder() / f"{origin.kind}-{READER}-{digest[:32]}"
     if not target.is_dir():
         say(f"Reading {path.name} into safetensors (kept in {target})")
         try:
@@ -349,6 +352,8 @@ def _portable_tokenizer(folder: Path) -> None:
             table["tokenizer_class"] = "PreTrainedTokenizerFast"
         for key in ("backend", "is_local", "local_files_only"):
             table.pop(key, None)
+        # transformers 4 would add token_type_ids, which no causal language model takes.
+        table.setdefault("model_input_names", ["input_ids", "attention_mask"])
 
     _edit_json(folder / "tokenizer_config.json", change)
 
