@@ -16,10 +16,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from surgery.analysis import Analysis, analyze
     from surgery.anatomy import Anatomy
     from surgery.checkpoint import Checkpoint, Origin
     from surgery.comparison import Comparison, compare
-    from surgery.conversion import Analysis, Conversion, Reporter, Settings, analyze, convert
+    from surgery.conversion import Conversion, convert
     from surgery.errors import SurgeryError
     from surgery.fold import Edit, SinkDirection, make_edits
     from surgery.hub import push
@@ -30,12 +31,13 @@ if TYPE_CHECKING:
     from surgery.quality import Quality
     from surgery.reference import masked
     from surgery.review import refresh_card, reproduce, verify
+    from surgery.settings import Reporter, Settings
     from surgery.source import resolve
     from surgery.sweeping import Sweep, sweep
     from surgery.verification import Verification
 
 _HOMES = {
-    "Analysis": "conversion",
+    "Analysis": "analysis",
     "Anatomy": "anatomy",
     "Checkpoint": "checkpoint",
     "Comparison": "comparison",
@@ -47,13 +49,13 @@ _HOMES = {
     "Origin": "checkpoint",
     "Plan": "plan",
     "Quality": "quality",
-    "Reporter": "conversion",
-    "Settings": "conversion",
+    "Reporter": "settings",
+    "Settings": "settings",
     "SinkDirection": "fold",
     "SurgeryError": "errors",
     "Sweep": "sweeping",
     "Verification": "verification",
-    "analyze": "conversion",
+    "analyze": "analysis",
     "compare": "comparison",
     "convert": "conversion",
     "make_edits": "fold",

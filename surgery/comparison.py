@@ -19,22 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from surgery.analysis import choose_mask, examine, find_emergence
 from surgery.anatomy import Anatomy, depth_of, text_config, width_of
 from surgery.checkpoint import Checkpoint
-from surgery.conversion import (
-    SILENT,
-    Reporter,
-    Settings,
-    Subject,
-    choose_mask,
-    find_emergence,
-    study,
-)
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
 from surgery.manifest import clean_numbers, read_manifest, tool_version, versions
 from surgery.mask import Mask, target_layers
 from surgery.plan import MANIFEST
+from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import file_sha256, resolve
+from surgery.subject import Subject
 
 if TYPE_CHECKING:
     from surgery.tasks import TaskRow, TaskSettings
@@ -443,7 +437,7 @@ def _main_process() -> bool:
 
 def _anatomy(checkpoint: Checkpoint, trust_remote_code: bool, notes: list[str]) -> Anatomy | None:
     try:
-        return study(checkpoint, trust_remote_code=trust_remote_code)
+        return examine(checkpoint, trust_remote_code=trust_remote_code)
     except Unsupported as error:
         notes.append(f"There is no reference and no attention to measure: {error}")
         return None

@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.anatomy import (
-    FOLDS,
-    Anatomy,
-    depth_of,
-    describe,
-    effective_gain,
-    is_multimodal,
-    width_of,
-)
+from surgery.analysis import choose_mask, examine, find_emergence, given_emergence
+from surgery.anatomy import Anatomy, depth_of, width_of
 from surgery.card import front_matter, render_card
 from surgery.checkpoint import Checkpoint, Origin
 from surgery.errors import BadSettings, QualityGate, SurgeryError
 from surgery.fold import Edit, SinkDirection, make_edits
-from surgery.loading import DTYPES
 from surgery.locate import Emergence
 from surgery.manifest import (
     FileRecord,
@@ -34,20 +26,11 @@ from surgery.manifest import (
     versions,
     write_manifest,
 )
-from surgery.mask import (
-    SCOPES,
-    SELECTIONS,
-    Mask,
-    attention_targets,
-    check_rate,
-    check_strength,
-    largest,
-    mask_size,
-    random_dimensions,
-)
-from surgery.memory import return_freed_memory
+from surgery.mask import Mask, attention_targets, mask_size
 from surgery.plan import CARD, FIGURE, Plan, check_output, make_plan
-from surgery.source import resolve, resolve_light
+from surgery.settings import SILENT, Reporter, Settings
+from surgery.source import resolve
+from surgery.subject import Subject, calibration_windows, heldout_windows
 from surgery.verification import (
     Check,
     Verification,
@@ -59,107 +42,11 @@ from surgery.verification import (
 from surgery.write import copy_plan, staging
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from surgery.calibrate import Leak
-    from surgery.probe import Evidence, Prompt
     from surgery.quality import Quality
-    from surgery.stream import Streamed
 
-# Checkpoints above this size are analysed layer by layer instead of being loaded whole.
-STREAM_ABOVE = 8_000_000_000
 # Tokens on which base, hooks and written checkpoint are compared logit by logit.
 VERIFY_TOKENS = 192
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The arguments of a conversion; see `surgery convert --help` for their meaning."""
-
-    model: str
-    rate: float = 0.1
-    scope: str = "first"
-    fold: str = "norm"
-    select: str = "weight"
-    strength: float = 1.0
-    layer: int | None = None
-    layers: tuple[int, ...] | None = None
-    revision: str | None = None
-    seed: int = 0
-    calibration: str | None = None
-    calibration_tokens: int = 4096
-    check: bool = True
-    check_tokens: int = 4096
-    max_degradation: float = 0.1
-    force: bool = False
-    device: str | None = None
-    dtype: str = "float32"
-    trust_remote_code: bool = False
-    push_to_hub: str | None = None
-
-    def __post_init__(self) -> None:
-        """Raise BadSettings for values that make no sense whatever the model is."""
-        for name, value, allowed in (
-            ("scope", self.scope, SCOPES),
-            ("fold", self.fold, FOLDS),
-            ("select", self.select, SELECTIONS),
-            ("dtype", self.dtype, DTYPES),
-        ):
-            if value not in allowed:
-                raise BadSettings(f"--{name} must be one of {', '.join(allowed)}; not {value!r}.")
-        check_strength(self.strength)
-        check_rate(self.rate)
-        if self.seed < 0:
-            raise BadSettings("--seed must not be negative.")
-        if self.layer is not None and self.layers is not None:
-            raise BadSettings("Give either --layer (the ME Layer) or --layers (targets), not both.")
-        if self.check_tokens < 1 or self.calibration_tokens < 1:
-            raise BadSettings("--check-tokens and --calibration-tokens must be at least 1.")
-        if not 0 <= self.max_degradation < float("inf"):
-            raise BadSettings(
-                "--max-degradation must be a finite number and not negative; to write a checkpoint "
-                "however bad it is, give --force."
-            )
-
-
-class Reporter:
-    """Where a conversion says what it does; this one is silent."""
-
-    def say(self, message: str) -> None:
-        """A step has begun."""
-
-    def show(self, result: Any) -> None:
-        """An Emergence, Plan, Quality or Verification is known."""
-
-    @contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A progress bar of `total` units; the block calls what it gets with units done."""
-        yield lambda _done: None
-
-
-SILENT = Reporter()
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """What `analyze` finds.
-
-    evidence: None unless it was asked for. streamed: how much was read, when the model was run
-    layer by layer.
-    """
-
-    checkpoint: Checkpoint
-    anatomy: Anatomy
-    emergence: Emergence
-    evidence: Evidence | None = None
-    streamed: Streamed | None = None
-
-    def targets(self, scope: str) -> tuple[int, ...]:
-        """Target layers for a scope; empty without an emergence layer."""
-        if self.emergence.layer is None:
-            return ()
-        return attention_targets(self.emergence.layer, self.anatomy.attends, scope)
 
 
 @dataclass(frozen=True)
@@ -173,294 +60,6 @@ class Conversion:
     quality: Quality | None
     verification: Verification | None
     manifest: Manifest | None
-
-
-class Subject:
-    """A checkpoint with its model and tokenizer, loaded when first needed."""
-
-    def __init__(self, checkpoint: Checkpoint, settings: Settings, reporter: Reporter) -> None:
-        self.checkpoint, self._settings, self._reporter = checkpoint, settings, reporter
-        self._model: Any = None
-        self._tokenizer: Any = None
-
-    @property
-    def device(self) -> Any:
-        from surgery.loading import pick_device
-
-        return pick_device(self._settings.device)
-
-    @property
-    def model(self) -> Any:
-        if self._model is None:
-            from surgery.loading import load_model, require_finite
-
-            self._reporter.say(f"Loading {self.checkpoint.origin.name} ({self._settings.dtype})")
-            self._model = load_model(
-                self.checkpoint.folder,
-                dtype=self._settings.dtype,
-                device=self.device,
-                trust_remote_code=self._settings.trust_remote_code,
-            )
-            require_finite(self._model)
-        return self._model
-
-    @property
-    def tokenizer(self) -> Any:
-        if self._tokenizer is None:
-            from surgery.loading import load_tokenizer
-
-            self._tokenizer = load_tokenizer(
-                self.checkpoint.folder, trust_remote_code=self._settings.trust_remote_code
-            )
-        return self._tokenizer
-
-    @property
-    def config(self) -> Any:
-        """The configuration, without loading the model."""
-        from transformers import AutoConfig
-
-        return AutoConfig.from_pretrained(
-            self.checkpoint.folder,
-            trust_remote_code=self._settings.trust_remote_code,
-            local_files_only=True,
-        )
-
-    def release(self) -> None:
-        """Forget the model, to make room."""
-        self._model = None
-
-
-def study(
-    checkpoint: Checkpoint, *, check: bool = True, trust_remote_code: bool = False
-) -> Anatomy:
-    """The anatomy of a checkpoint: from the table, confirmed by a trace unless `check` is off.
-
-    Multimodal checkpoints are always traced: the table does not say where their decoder lies.
-    Raises Unsupported where no truthful edit is possible or table and trace disagree.
-    """
-    described, multimodal = describe(checkpoint), is_multimodal(checkpoint.config)
-    if described is not None and not check and not multimodal:
-        return described
-    from surgery.anatomy import refuse_quantised
-    from surgery.loading import refuse_remote_code
-    from surgery.trace import confirm, trace
-
-    refuse_quantised(checkpoint)
-    refuse_remote_code(checkpoint.folder, trust_remote_code)
-    traced = trace(checkpoint, trust_remote_code=trust_remote_code)
-    return confirm(described, traced, multimodal=multimodal)
-
-
-def stream_model(
-    subject: Subject,
-    anatomy: Anatomy,
-    settings: Settings,
-    reporter: Reporter,
-    *,
-    all_layers: bool = False,
-) -> Streamed:
-    """Locate the ME Layer without loading the model whole."""
-    from surgery.stream import stream_emergence
-
-    checkpoint = subject.checkpoint
-    prompts = [prompt.tokens for prompt in locating_prompts(subject, settings)]
-    with reporter.bar("Streaming layers", anatomy.depth) as advance:
-        return stream_emergence(
-            checkpoint,
-            anatomy,
-            prompts,
-            dtype=settings.dtype,
-            device=subject.device,
-            all_layers=all_layers,
-            trust_remote_code=settings.trust_remote_code,
-            progress=advance,
-        )
-
-
-def find_emergence(
-    subject: Subject, anatomy: Anatomy, settings: Settings, reporter: Reporter
-) -> Emergence:
-    """Locate the ME Layer on the bundled prompts, or on the user's calibration text."""
-    from surgery.locate import agree
-    from surgery.observe import layer_norms
-
-    prompts = [prompt.tokens for prompt in locating_prompts(subject, settings)]
-    with reporter.bar("Locating the ME Layer", len(prompts)) as advance:
-        return agree(layer_norms(subject.model, anatomy, prompts, advance))
-
-
-def locating_prompts(subject: Subject, settings: Settings) -> list[Prompt]:
-    """The prompts the ME Layer is located with; BadSettings when the text is too short."""
-    from surgery import texts
-    from surgery.loading import longest_context
-    from surgery.probe import Prompt
-
-    chosen = _calibration_texts(settings)[: texts.LOCATING_PROMPTS]
-    longest = longest_context(subject.config.get_text_config(), texts.LONGEST_PROMPT)
-    tokens = texts.encode(subject.tokenizer, chosen, longest)
-    prompts = [
-        Prompt(text.kind, text.text, tuple(ids))
-        for text, ids in zip(chosen, tokens, strict=True)
-        if len(ids) >= texts.SHORTEST
-    ]
-    if not prompts:
-        raise BadSettings("The calibration text is too short to locate an ME Layer on.")
-    return prompts
-
-
-def find_evidence(
-    subject: Subject,
-    anatomy: Anatomy,
-    emergence: Emergence,
-    settings: Settings,
-    reporter: Reporter,
-) -> Evidence:
-    """What the paper measures to explain an ME Layer; see `surgery.probe`."""
-    from surgery.probe import gather, steps
-
-    prompts = locating_prompts(subject, settings)
-    mask = None
-    if emergence.layer is not None:
-        targets = attention_targets(emergence.layer, anatomy.attends, "first")
-        mask = choose_mask(subject, anatomy, targets, settings)
-    with reporter.bar("Gathering evidence", steps(emergence, prompts)) as advance:
-        return gather(
-            subject.model,
-            anatomy,
-            emergence,
-            prompts,
-            mask,
-            share=settings.rate,
-            progress=advance,
-        )
-
-
-def _calibration_texts(settings: Settings) -> list[Any]:
-    from surgery import texts
-
-    if settings.calibration is None:
-        return texts.bundled("calibration")
-    return texts.read_texts(Path(settings.calibration))
-
-
-def calibration_windows(subject: Subject, settings: Settings) -> list[list[int]]:
-    """Sequences of calibration text, at most about `settings.calibration_tokens`."""
-    from surgery import texts
-
-    chosen = _calibration_texts(settings)
-    if settings.calibration is None:
-        # Short texts of every kind before the few long ones: the budget buys more variety.
-        chosen = sorted(chosen, key=lambda text: len(text.text) > 4000)
-    limit = settings.calibration_tokens
-    return texts.windows(subject.tokenizer, chosen, _longest(subject, texts.WINDOW), limit)
-
-
-def heldout_windows(
-    subject: Subject, limit: int, length: int | None = None, text: str | None = None
-) -> list[list[int]]:
-    """Sequences of held-out text for measuring, at most about `limit` tokens.
-
-    text: a file to measure on in place of the bundled text.
-    """
-    from surgery import texts
-
-    longest = _longest(subject, length or texts.WINDOW)
-    chosen = texts.bundled("heldout") if text is None else texts.read_texts(Path(text))
-    return texts.windows(subject.tokenizer, chosen, longest, limit)
-
-
-def _longest(subject: Subject, wanted: int) -> int:
-    from surgery.loading import longest_context
-
-    return longest_context(subject.config.get_text_config(), wanted)
-
-
-def analyze(
-    model: str,
-    *,
-    revision: str | None = None,
-    device: str | None = None,
-    dtype: str = "float32",
-    calibration: str | None = None,
-    trust_remote_code: bool = False,
-    evidence: bool = False,
-    rate: float = 0.1,
-    stream: bool | None = None,
-    all_layers: bool = False,
-    reporter: Reporter = SILENT,
-) -> Analysis:
-    """Locate the ME Layer of a model (paper §3, Appendices D and H).
-
-    model: a folder, a Hub id, a .gguf file or "demo". evidence: also gather all that the paper
-    measures, which needs the whole model; rate is then the share of dimensions in eq. 1 and in the
-    mask. stream: run layer by layer from the checkpoint's bytes and stop once the emergence has
-    lasted (all_layers: go on to the end); by default for models on the Hub that are not in the
-    cache, and for large ones. The result's `emergence.layer` is None for a model without one.
-    Raises BadCheckpoint, BadSettings or Unsupported.
-    """
-    settings = Settings(
-        model=model,
-        revision=revision,
-        device=device,
-        dtype=dtype,
-        calibration=calibration,
-        trust_remote_code=trust_remote_code,
-        rate=rate,
-    )
-    if evidence and stream:
-        raise BadSettings("Evidence needs the whole model; leave out the streaming.")
-    whole = evidence or stream is False
-    if not whole:
-        return_freed_memory()
-    checkpoint = (resolve if whole else resolve_light)(model, revision, reporter.say)
-    anatomy = study(checkpoint, trust_remote_code=trust_remote_code)
-    subject = Subject(checkpoint, settings, reporter)
-    if stream or (
-        not whole
-        and (all_layers or checkpoint.remote is not None or checkpoint.size > STREAM_ABOVE)
-    ):
-        streamed = stream_model(subject, anatomy, settings, reporter, all_layers=all_layers)
-        return Analysis(checkpoint, anatomy, streamed.emergence, streamed=streamed)
-    emergence = find_emergence(subject, anatomy, settings, reporter)
-    found = find_evidence(subject, anatomy, emergence, settings, reporter) if evidence else None
-    return Analysis(checkpoint, anatomy, emergence, found)
-
-
-def given_emergence(layer: int) -> Emergence:
-    """An ME Layer that the user names."""
-    return Emergence(layer, 0.0, 0.0, 1.0, "given", (), (), found_by="given")
-
-
-def choose_mask(
-    subject: Subject,
-    anatomy: Anatomy,
-    targets: Sequence[int],
-    settings: Settings,
-    magnitudes: Mapping[int, NDArray[np.float64]] | None = None,
-) -> Mask:
-    """S for every target layer, by weight, activation or chance.
-
-    magnitudes: what `sink_magnitudes` found on the calibration text, when that is known.
-    """
-    size = mask_size(settings.rate, anatomy.hidden_size)
-    if settings.select == "random":
-        chosen = {
-            layer: random_dimensions(anatomy.hidden_size, size, settings.seed, layer)
-            for layer in targets
-        }
-    elif settings.select == "weight":
-        chosen = {
-            layer: largest(effective_gain(anatomy, subject.checkpoint, layer), size)
-            for layer in targets
-        }
-    else:
-        if magnitudes is None:
-            from surgery.observe import sink_magnitudes
-
-            sequences = calibration_windows(subject, settings)
-            magnitudes = sink_magnitudes(subject.model, anatomy, targets, sequences)
-        chosen = {layer: largest(magnitudes[layer], size) for layer in targets}
-    return Mask(anatomy.hidden_size, settings.select, settings.strength, chosen)
 
 
 def calibrate_sinks(
@@ -539,7 +138,9 @@ def convert(
     check_output(checkpoint.folder, target, overwrite=overwrite)
     mask_size(settings.rate, width_of(checkpoint.config))
     _check_given_layers(settings, depth_of(checkpoint.config))
-    anatomy = study(checkpoint, check=settings.check, trust_remote_code=settings.trust_remote_code)
+    anatomy = examine(
+        checkpoint, check=settings.check, trust_remote_code=settings.trust_remote_code
+    )
     anatomy.require(settings.fold)
     subject = Subject(checkpoint, settings, reporter)
     if mask is None:

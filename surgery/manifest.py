@@ -235,7 +235,7 @@ def _check(manifest: Manifest) -> None:
     """Raise ValueError or SurgeryError for what the commands that read a manifest stumble over."""
     from pydantic import TypeAdapter
 
-    from surgery.conversion import Settings
+    from surgery.settings import Settings
 
     def shaped(kind: Any, value: Any) -> None:
         TypeAdapter(kind).validate_json(json.dumps(value), strict=True)

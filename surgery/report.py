@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from surgery import figures
-from surgery.conversion import SILENT, Analysis, Reporter, analyze
+from surgery.analysis import Analysis, analyze
 from surgery.errors import BadSettings, NoEmergence, SurgeryError
 from surgery.locate import IGNORED_LAST_LAYERS, Emergence
 from surgery.manifest import clean_numbers, tool_version, versions
 from surgery.plan import existing_parent
 from surgery.probe import HEATMAP_TOKENS, Evidence
 from surgery.resources import resource_folder
+from surgery.settings import SILENT, Reporter
 from surgery.write import replacing
 
 PAGE, DATA, TEMPLATE = "index.html", "report.json", "report.html.jinja"

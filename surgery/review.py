@@ -9,15 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from surgery.analysis import examine
 from surgery.card import front_matter, render_card
 from surgery.checkpoint import Checkpoint
-from surgery.conversion import SILENT, Reporter, Settings, Subject, behaviour, convert, study
+from surgery.conversion import behaviour, convert
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
 from surgery.manifest import FileRecord, Manifest, read_manifest, write_manifest
 from surgery.mask import Mask
 from surgery.plan import CARD, FIGURE, edits_by_file
 from surgery.results import results_for
+from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
+from surgery.subject import Subject
 from surgery.verification import (
     Verification,
     verify_edits,
@@ -99,7 +102,7 @@ def verify(
         }
         if originals:
             checks.append(verify_originals(checkpoint, originals))
-        anatomy = study(checkpoint, trust_remote_code=trust_remote_code)
+        anatomy = examine(checkpoint, trust_remote_code=trust_remote_code)
         mask = Mask(
             manifest.hidden_size,
             settings.select,

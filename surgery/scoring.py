@@ -17,15 +17,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from surgery.analysis import choose_mask
 from surgery.anatomy import Anatomy
 from surgery.calibrate import sink_directions
-from surgery.conversion import (
-    Settings,
-    Subject,
-    calibration_windows,
-    choose_mask,
-    heldout_windows,
-)
 from surgery.editing import EditedWeights, parameter_of
 from surgery.errors import SurgeryError
 from surgery.fold import Edit, SinkDirection, make_edits
@@ -33,6 +27,8 @@ from surgery.mask import Mask, attention_targets
 from surgery.observe import sink_magnitudes
 from surgery.quality import Batch, SharedPrefix, make_batches, measured, unmodified
 from surgery.reference import masked
+from surgery.settings import Settings
+from surgery.subject import Subject, calibration_windows, heldout_windows
 
 # Log-probabilities of base, and of the reference, that are kept: so many numbers each.
 KEPT_NUMBERS = 256_000_000

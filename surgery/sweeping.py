@@ -23,23 +23,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.analysis import examine, find_emergence
 from surgery.anatomy import width_of
 from surgery.card import command_line
-from surgery.conversion import (
-    SILENT,
-    Conversion,
-    Reporter,
-    Settings,
-    Subject,
-    convert,
-    find_emergence,
-    study,
-)
+from surgery.conversion import Conversion, convert
 from surgery.errors import BadSettings, SurgeryError, Unsupported
 from surgery.manifest import clean_numbers
 from surgery.mask import attention_targets, mask_size
+from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
 from surgery.study import Claim, Progress, SharedStudy, Space
+from surgery.subject import Subject
 
 if TYPE_CHECKING:
     from surgery.anatomy import Anatomy
@@ -251,7 +245,7 @@ def sweep(
         trust_remote_code=trust_remote_code,
     )
     checkpoint = resolve(model, common.revision, reporter.say)
-    anatomy = study(checkpoint, trust_remote_code=common.trust_remote_code)
+    anatomy = examine(checkpoint, trust_remote_code=common.trust_remote_code)
     values = {
         "rate": rates,
         "scope": scopes,
@@ -513,7 +507,7 @@ def serve() -> None:
         plan = _from_plain(order["plan"])
         common = plan.common
         checkpoint = resolve(common.model, common.revision)
-        anatomy = study(checkpoint, trust_remote_code=common.trust_remote_code)
+        anatomy = examine(checkpoint, trust_remote_code=common.trust_remote_code)
         shared = SharedStudy(order["url"], order["study"], plan.space, common.seed)
         _work(plan, checkpoint, anatomy, shared, SILENT, lambda _progress: None)
     except SurgeryError as error:

@@ -28,11 +28,12 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint
-from surgery.conversion import Reporter, Settings, Subject
 from surgery.errors import BadSettings, SurgeryError
 from surgery.mask import Mask
 from surgery.resources import resource_folder
+from surgery.settings import Reporter, Settings
 from surgery.statistics import Difference, over_seeds, paired, score
+from surgery.subject import Subject
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

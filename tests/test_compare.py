@@ -492,7 +492,7 @@ def test_an_identical_checkpoint_gains_and_loses_nothing(cut: tuple[Path, Path])
 @needs_harness
 @needs_data
 def test_a_shipped_group_takes_what_is_in_the_folder() -> None:
-    from surgery.conversion import Reporter
+    from surgery.settings import Reporter
     from surgery.tasks import TaskSettings, load_tasks
 
     loaded = load_tasks(TaskSettings(("knowledge", "math"), data=str(SHARED)), Reporter())
@@ -509,7 +509,7 @@ def test_a_shipped_group_takes_what_is_in_the_folder() -> None:
 
 @needs_harness
 def test_a_yaml_file_and_a_folder_are_tasks(tmp_path: Path) -> None:
-    from surgery.conversion import Reporter
+    from surgery.settings import Reporter
     from surgery.tasks import TaskSettings, load_tasks
 
     rows = tmp_path / "rows.jsonl"

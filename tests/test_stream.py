@@ -13,8 +13,8 @@ from script import run_script
 
 import surgery
 from surgery import stream, texts
+from surgery.analysis import examine
 from surgery.checkpoint import Origin, open_checkpoint
-from surgery.conversion import study
 from surgery.errors import BadSettings
 from surgery.loading import load_model, load_tokenizer
 from surgery.locate import agree
@@ -29,7 +29,7 @@ def prepared(family: str, folder: Path):
     checkpoint = open_checkpoint(path, Origin("directory", family, family))
     tokenizer = load_tokenizer(path)
     prompts = texts.encode(tokenizer, texts.bundled("calibration")[:6], 300)
-    return checkpoint, study(checkpoint), prompts
+    return checkpoint, examine(checkpoint), prompts
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,10 +26,11 @@ import pytest
 optuna = pytest.importorskip("optuna")
 
 import surgery  # noqa: E402
-from surgery import conversion, editing, scoring, study, sweeping  # noqa: E402
-from surgery.conversion import SILENT, Settings, Subject  # noqa: E402
+from surgery import analysis, conversion, editing, scoring, study, sweeping  # noqa: E402
 from surgery.errors import BadSettings, SurgeryError  # noqa: E402
+from surgery.settings import SILENT, Settings  # noqa: E402
 from surgery.study import SharedStudy, Space  # noqa: E402
+from surgery.subject import Subject  # noqa: E402
 
 QUICK = {"check_tokens": 256, "calibration_tokens": 512}
 FEW = {**QUICK, "rates": (0.1, 0.3), "layer": 2}
@@ -75,11 +76,11 @@ def test_figures_are_those_of_the_gate(model: str, tmp_path: Path) -> None:
     assert len(found.rows) == 2 * 2 * 3 * 3
     common = Settings(model=model, layer=2, **QUICK)
     subject = Subject(surgery.resolve(model), common, SILENT)
-    anatomy = conversion.study(subject.checkpoint)
+    anatomy = analysis.examine(subject.checkpoint)
     for row in found.rows:
         settings = row.point.settings(common)
         targets = (3,) if row.point.scope == "first" else (3, 4, 5)
-        mask = conversion.choose_mask(subject, anatomy, targets, settings)
+        mask = analysis.choose_mask(subject, anatomy, targets, settings)
         sinks = None
         if row.point.fold == "sink":
             sinks, _ = conversion.calibrate_sinks(subject, anatomy, mask, settings, SILENT)
@@ -116,7 +117,7 @@ _SEEN: dict[str, Any] = {}
 def scorer(model: str) -> tuple[scoring.Scorer, Any]:
     common = Settings(model=model, layer=2, **QUICK)
     subject = Subject(surgery.resolve(model), common, SILENT)
-    anatomy = conversion.study(subject.checkpoint)
+    anatomy = analysis.examine(subject.checkpoint)
     return scoring.Scorer(subject, anatomy, 2, common, None), subject
 
 

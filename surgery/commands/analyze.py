@@ -88,9 +88,9 @@ def _one(
     terminal: Terminal,
     options: dict[str, Any],
 ) -> None:
+    from surgery.analysis import analyze
     from surgery.commands.tables import evidence_tables
     from surgery.commands.terminal import print_json
-    from surgery.conversion import analyze
     from surgery.report import summary, write_report
 
     wanted = evidence or report is not None

@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from surgery.conversion import Reporter
+from surgery.settings import Reporter
 
 
 def printable(text: str) -> str:
