@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from surgery.plan import Plan
     from surgery.quality import Quality
     from surgery.reference import masked
+    from surgery.reversal import revert
     from surgery.review import refresh_card, reproduce, verify
     from surgery.settings import Reporter, Settings
     from surgery.source import resolve
@@ -65,6 +66,7 @@ _HOMES = {
     "refresh_card": "review",
     "reproduce": "review",
     "resolve": "source",
+    "revert": "reversal",
     "sweep": "sweeping",
     "verify": "review",
 }
@@ -97,6 +99,7 @@ __all__ = [
     "refresh_card",
     "reproduce",
     "resolve",
+    "revert",
     "sweep",
     "verify",
 ]

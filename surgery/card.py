@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.manifest import Manifest
+from surgery.plan import UNDO
 from surgery.resources import resource_folder
 from surgery.results import card_words, model_index
 
@@ -129,6 +130,8 @@ def command_line(settings: Mapping[str, Any]) -> str:
         words += ["--layers", ",".join(str(layer) for layer in settings["layers"])]
     if not settings.get("check", True):
         words.append("--no-check")
+    if settings.get("undo_file"):
+        words.append("--undo-file")
     if settings.get("force"):
         words.append("--force")
     if settings.get("trust_remote_code"):
@@ -256,8 +259,13 @@ def _leak_words(manifest: Manifest) -> str:
 def _undo_words(manifest: Manifest) -> str:
     if all(record.original is not None for record in manifest.edits):
         return (
-            "`surgery.json` holds the original values of every changed tensor; writing them back "
-            "restores the base model's weights byte for byte."
+            "`surgery.json` holds the original values of every changed tensor: "
+            "`surgery revert DIR --output BASE` restores the base model byte for byte."
+        )
+    if manifest.settings.get("undo_file"):
+        return (
+            f"`{UNDO}` holds what the edit overwrote: `surgery revert DIR --output BASE` restores "
+            "the base model byte for byte."
         )
     return (
         "The edit overwrites weights, so undoing it means going back to the base model: "

@@ -27,10 +27,11 @@ from surgery.manifest import (
     write_manifest,
 )
 from surgery.mask import Mask, attention_targets, mask_size
-from surgery.plan import CARD, FIGURE, Plan, check_output, make_plan
+from surgery.plan import CARD, FIGURE, UNDO, Plan, check_output, make_plan
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
 from surgery.subject import Subject, calibration_windows, heldout_windows
+from surgery.undo import replaced_files, write_undo
 from surgery.verification import (
     Check,
     Verification,
@@ -178,6 +179,7 @@ def convert(
         files=[],
         versions=versions(),
         left_out=list(checkpoint.left_out),
+        replaced=replaced_files(checkpoint),
         emergence=clean_numbers(emergence.as_dict()) if emergence else None,
         quality=clean_numbers(quality_record),
     )
@@ -315,7 +317,10 @@ def _write(
         card = render_card(manifest, front_matter(checkpoint.folder / CARD), figure=figure)
         (folder / CARD).write_text(card, encoding="utf-8")
         files = [FileRecord(w.name, w.size, w.sha256, w.source_sha256) for w in written]
-        files += [_hashed(folder, name) for name in ((CARD, FIGURE) if figure else (CARD,))]
+        generated = [CARD, *([FIGURE] if figure else [])]
+        if settings.undo_file and write_undo(folder / UNDO, checkpoint, plan.edits):
+            generated.append(UNDO)
+        files += [_hashed(folder, name) for name in generated]
         manifest = replace(manifest, files=files)
         write_manifest(manifest, folder)
         reporter.show(verification)

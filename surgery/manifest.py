@@ -17,7 +17,8 @@ from surgery.checkpoint import Checkpoint, Origin, read_json
 from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.fold import Edit, SinkDirection, pack, unpack
 from surgery.mask import check_strength
-from surgery.plan import MANIFEST
+from surgery.plan import GENERATED, MANIFEST
+from surgery.undo import unpack_file
 
 SCHEMA = 1
 
@@ -58,7 +59,8 @@ class FileRecord:
 class Manifest:
     """Everything that went into a converted checkpoint.
 
-    settings: the arguments of `convert`. dimensions: S by target layer. emergence, quality and
+    settings: the arguments of `convert`. dimensions: S by target layer. replaced: files of the base
+    in whose place generated ones came, as `undo.pack_file` packs them. emergence, quality and
     verification are what was measured, None where it was skipped; results are those of `compare`,
     None until `card --results` puts them there.
     """
@@ -77,6 +79,7 @@ class Manifest:
     files: list[FileRecord]
     versions: dict[str, str]
     left_out: list[str] = field(default_factory=list)
+    replaced: dict[str, str] = field(default_factory=dict)
     emergence: dict[str, Any] | None = None
     quality: dict[str, Any] | None = None
     verification: dict[str, Any] | None = None
@@ -270,6 +273,10 @@ def _check(manifest: Manifest) -> None:
         if edit.kind == "rank_one" and edit.layer not in manifest.sinks:
             raise ValueError(f"the edit of {edit.tensor} has no sink direction")
         base64.b64decode((edit.original or "").encode(), validate=True)
+    for name, packed in manifest.replaced.items():
+        if name not in GENERATED:
+            raise ValueError(f"it replaces a file that is never generated: {name!r}")
+        unpack_file(packed)
     for layer, sink in manifest.sinks.items():
         sizes = len(unpack(sink.center)), len(unpack(sink.detector))
         if sizes != (len(manifest.dimensions.get(layer, ())), manifest.hidden_size):

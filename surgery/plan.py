@@ -17,6 +17,9 @@ from surgery.fold import Edit
 MANIFEST = "surgery.json"
 CARD = "README.md"
 FIGURE = "surgery_layers.png"
+# In a folder of its own, where no runtime looks that loads every *.safetensors of a checkpoint.
+UNDO = "undo/surgery_undo.safetensors"
+GENERATED = (CARD, MANIFEST, FIGURE, UNDO)
 # Room for the card, the manifest and the figure.
 _MARGIN = 8 * 1024 * 1024
 
@@ -49,6 +52,11 @@ class Plan:
         return sum(file.size for file in self.files)
 
     @property
+    def bytes_needed(self) -> int:
+        """Free disk space without which nothing is begun."""
+        return self.bytes_written + _MARGIN
+
+    @property
     def bytes_edited(self) -> int:
         """Bytes of the tensors that change."""
         return sum(self.checkpoint.tensors[edit.tensor].size for edit in self.edits)
@@ -59,6 +67,7 @@ class Plan:
             "source": str(self.checkpoint.folder),
             "output": str(self.output),
             "bytes_written": self.bytes_written,
+            "bytes_needed": self.bytes_needed,
             "bytes_edited": self.bytes_edited,
             "tensors_total": len(self.checkpoint.tensors),
             "tensors_edited": [
@@ -96,7 +105,7 @@ def make_plan(
     files = tuple(
         FilePlan(name, checkpoint.file_sizes[name], by_file.get(name, ()))
         for name in names
-        if name not in (CARD, MANIFEST, FIGURE)
+        if name not in GENERATED
     )
     plan = Plan(checkpoint, Path(os.path.abspath(output)), files, edits, overwrite)
     check_output(plan.checkpoint.folder, plan.output, overwrite=overwrite)
@@ -172,10 +181,9 @@ def existing_parent(path: Path) -> Path:
 
 
 def _check_space(plan: Plan) -> None:
-    need = plan.bytes_written + _MARGIN
     free = shutil.disk_usage(existing_parent(plan.output)).free
-    if free < need:
+    if free < plan.bytes_needed:
         raise BadSettings(
-            f"Writing needs {need / 1e9:.2f} GB and {existing_parent(plan.output)} has "
+            f"Writing needs {plan.bytes_needed / 1e9:.2f} GB and {existing_parent(plan.output)} has "
             f"{free / 1e9:.2f} GB free; choose an --output on a larger disk."
         )

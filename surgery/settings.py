@@ -37,6 +37,7 @@ class Settings:
     dtype: str = "float32"
     trust_remote_code: bool = False
     push_to_hub: str | None = None
+    undo_file: bool = False
 
     def __post_init__(self) -> None:
         """Raise BadSettings for values that make no sense whatever the model is."""

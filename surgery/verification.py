@@ -14,10 +14,9 @@ from surgery.checkpoint import Checkpoint, Origin, open_checkpoint
 from surgery.errors import BadCheckpoint, SurgeryError, VerificationFailed
 from surgery.fold import Edit
 from surgery.manifest import FileRecord
-from surgery.plan import CARD, FIGURE, MANIFEST
+from surgery.plan import GENERATED
 from surgery.write import edited_blocks
 
-GENERATED = (CARD, MANIFEST, FIGURE)
 _STEP = 4 * 1024 * 1024
 
 

@@ -443,7 +443,7 @@ def test_figures_are_the_manifests(fold: str, converted: Callable[..., Path]) ->
     assert f"The `{fold}` fold" in card
     assert ("every token" in card) == (fold != "sink")
     assert ("Leak of the sink detector" in card) == (fold == "sink")
-    assert ("writing them back" in card) == (fold == "norm")
+    assert ("holds the original values" in card) == (fold == "norm")
     assert "nan" not in card.lower().replace("finance", "")
     assert "None" not in card
     assert "{{" not in card

@@ -22,6 +22,7 @@ _COMMANDS = {
     "inspect": "Show what was done to a converted checkpoint.",
     "compare": "Show what an edit gained and lost, on text and on tasks.",
     "card": "Render the model card of a converted checkpoint again.",
+    "revert": "Undo a conversion: the base again, byte for byte.",
     "reproduce": "Convert again from a manifest and compare every hash.",
 }
 

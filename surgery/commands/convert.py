@@ -70,6 +70,11 @@ from surgery.commands.options import analysis_options, output_options, parse_lay
     help="Allowed rise of perplexity over base, as a share.",
 )
 @click.option("--force", is_flag=True, help="Write despite the quality gate; the card says so.")
+@click.option(
+    "--undo-file",
+    is_flag=True,
+    help="Keep what qkv and sink overwrite, for `surgery revert` without the base.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion at the output.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--push-to-hub", metavar="REPO", help="Upload afterwards (private).")

@@ -1,0 +1,117 @@
+"""What an edit overwrites, kept small, and put back.
+
+Gains and biases lie in the manifest. Scaled columns and rank-one edits overwrite more than a JSON
+file should hold: on request they go into a safetensors file, the columns alone for `columns`, the
+whole tensor for `rank_one`, whose rounding loses bits that no formula brings back.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery import dtypes
+from surgery.checkpoint import Checkpoint, LocalFiles, TensorEntry, parse_header
+from surgery.errors import BadCheckpoint
+from surgery.fold import Edit
+from surgery.plan import CARD, FIGURE, MANIFEST
+from surgery.safetensors_file import write_safetensors
+
+
+def kept_shape(edit: Edit, entry: TensorEntry) -> tuple[int, ...]:
+    """Shape of what is kept of a tensor: the columns in S, or all of it."""
+    if edit.kind != "columns":
+        return entry.shape
+    shape = list(entry.shape)
+    shape[edit.axis] = len(edit.dimensions)
+    return tuple(shape)
+
+
+def needs_file(edits: Iterable[Edit]) -> list[Edit]:
+    """The edits whose originals the manifest does not hold."""
+    return [edit for edit in edits if edit.kind in ("columns", "rank_one")]
+
+
+def write_undo(path: Path, checkpoint: Checkpoint, edits: Sequence[Edit]) -> bool:
+    """Keep what these edits overwrite in a file; False, and no file, where the manifest does."""
+    kept = {edit.tensor: edit for edit in needs_file(edits)}
+    if not kept:
+        return False
+
+    def read(name: str) -> bytes:
+        edit, entry = kept[name], checkpoint.tensors[name]
+        if edit.kind != "columns":
+            return checkpoint.read_bytes(name)
+        stored = _bits(checkpoint.read_bytes(name), entry)
+        return np.take(stored, edit.dimensions, axis=edit.axis).tobytes()
+
+    shapes = {
+        name: (checkpoint.tensors[name].dtype, kept_shape(edit, checkpoint.tensors[name]))
+        for name, edit in kept.items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path, shapes, read, {"format": "pt", "surgery": "undo"})
+    return True
+
+
+class UndoFile:
+    """The originals in a file that `write_undo` made."""
+
+    def __init__(self, path: Path) -> None:
+        self._files, self._name = LocalFiles(path.parent), path.name
+        self._entries = parse_header(self._files, path.name)
+
+    def original(self, edit: Edit, entry: TensorEntry, edited: bytes) -> bytes:
+        """The tensor before the edit; `edited` are its present bytes.
+
+        Raises BadCheckpoint where the file lacks it or holds it in another shape.
+        """
+        kept = self._entries.get(edit.tensor)
+        if kept is None or (kept.dtype, kept.shape) != (entry.dtype, kept_shape(edit, entry)):
+            raise BadCheckpoint(
+                f"The undo file does not hold the original values of {edit.tensor}."
+            )
+        raw = self._files.read(self._name, kept.begin, kept.end)
+        if edit.kind != "columns":
+            return raw
+        restored = _bits(edited, entry).copy()
+        chosen = list(edit.dimensions)
+        if edit.axis == 1:
+            restored[:, chosen] = _bits(raw, kept)
+        else:
+            restored[chosen] = _bits(raw, kept)
+        return restored.tobytes()
+
+
+def _bits(raw: bytes, entry: TensorEntry) -> NDArray:
+    """A tensor's elements as unsigned integers, which copy any format unchanged."""
+    width = dtypes.BITS[entry.dtype] // 8
+    return np.frombuffer(raw, dtype=f"<u{width}").reshape(entry.shape)
+
+
+def replaced_files(checkpoint: Checkpoint) -> dict[str, str]:
+    """The base's own files in whose place generated ones come, packed for the manifest."""
+    found = {}
+    for name in (CARD, MANIFEST, FIGURE):
+        path = checkpoint.folder / name
+        if path.is_file():
+            found[name] = pack_file(path.read_bytes())
+    return found
+
+
+def pack_file(raw: bytes) -> str:
+    """A small file as base64 of its deflated bytes."""
+    return base64.b64encode(zlib.compress(raw, 9)).decode("ascii")
+
+
+def unpack_file(text: str) -> bytes:
+    """What `pack_file` packed; ValueError for anything else."""
+    try:
+        return zlib.decompress(base64.b64decode(text.encode("ascii"), validate=True))
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
