@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from surgery.source import resolve
     from surgery.sweeping import Sweep, sweep
     from surgery.verification import Verification
+    from surgery.masking import weight_mask, wemask
 
 _HOMES = {
     "Analysis": "analysis",
@@ -69,6 +70,8 @@ _HOMES = {
     "revert": "reversal",
     "sweep": "sweeping",
     "verify": "review",
+    "weight_mask": "masking",
+    "wemask": "masking",
 }
 __all__ = [
     "Analysis",
@@ -102,6 +105,8 @@ __all__ = [
     "revert",
     "sweep",
     "verify",
+    "weight_mask",
+    "wemask",
 ]
 
 
