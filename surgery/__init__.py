@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from surgery.locate import Emergence
     from surgery.manifest import Manifest, read_manifest
     from surgery.mask import Mask
+    from surgery.masking import weight_mask, wemask
     from surgery.plan import Plan
     from surgery.quality import Quality
     from surgery.reference import masked
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from surgery.source import resolve
     from surgery.sweeping import Sweep, sweep
     from surgery.verification import Verification
-    from surgery.masking import weight_mask, wemask
 
 _HOMES = {
     "Analysis": "analysis",
