@@ -23,7 +23,7 @@ from surgery.errors import NoEmergence
 from surgery.fold import SinkDirection, detector, layer_edits
 from surgery.locate import STANDS_OUT
 from surgery.mask import Mask
-from surgery.observe import attention_input, backbone, decoder_layers, hidden, hooked, pad
+from surgery.observe import attention_input, backbone, decoder_layers, hooked, pad, residual
 
 # Share of Σ's mean eigenvalue added to its diagonal: enough to keep the solution stable when
 # there are fewer calibration tokens than dimensions, too little to blur the detector.
@@ -81,7 +81,7 @@ def sink_directions(
 
     def classify(_module: Any, args: tuple, kwargs: dict) -> None:
         states = args[0] if args else kwargs["hidden_states"]
-        state.massive = massive_tokens(hidden(states), state.real)
+        state.massive = massive_tokens(residual(states), state.real)
 
     def at_layer(layer: int) -> Callable[[Any, tuple, dict], None]:
         def hook(_module: Any, args: tuple, kwargs: dict) -> None:
@@ -186,7 +186,7 @@ class LeakWatcher:
 
         def classify(_module: Any, args: tuple, kwargs: dict) -> None:
             states = args[0] if args else kwargs["hidden_states"]
-            state["massive"] = stands_out(states, state["real"])
+            state["massive"] = stands_out(residual(states), state["real"])
 
         def answer(layer: int) -> Callable[[Any, tuple, dict], None]:
             def hook(_module: Any, args: tuple, kwargs: dict) -> None:
@@ -200,7 +200,7 @@ class LeakWatcher:
             return hook
 
         handles = [
-            backbone(self._model, self._anatomy).register_forward_pre_hook(begin, with_kwargs=True),
+            self._model.register_forward_pre_hook(begin, with_kwargs=True),
             layers[min(self._sinks)].register_forward_pre_hook(classify, with_kwargs=True),
         ]
         for layer in self._sinks:

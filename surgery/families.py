@@ -269,7 +269,10 @@ FAMILIES: tuple[Family, ...] = (
         cases=(
             Case(
                 (("apply_residual_connection_post_layernorm", True, False),),
-                {"shared_norm": "the norm's output is the residual too"},
+                {
+                    "refusal": "the norm's output is the residual too, which the attention module "
+                    "adds to its result"
+                },
             ),
         ),
     ),

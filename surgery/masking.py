@@ -2,12 +2,14 @@
 
 The mask is carried by the call itself, as an extra keyword from the decoder through its layers to
 attention, so there is no state that padding, packing, caches, activation checkpointing or another
-rank could make stale. Works on a causal language model of transformers as it is, inside PEFT, and
-inside DistributedDataParallel, FSDP and FSDP2.
+rank could make stale. For the few families whose layers hand no keywords on, it is kept for the
+time of the decoder's call, and activation checkpointing is refused. Works on a causal language
+model of transformers as it is, inside PEFT, and inside DistributedDataParallel, FSDP and FSDP2.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -62,11 +64,15 @@ def wemask(
     if any(getattr(hook, "wemask", False) for hook in decoder._forward_pre_hooks.values()):
         raise BadSettings("This model is under wemask already; leave that block first.")
     reached: set[int] = set()
+    held: list[torch.Tensor] = []
+    takes_keywords = _takes_keywords(decoder)
 
     def begin(_module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, {**kwargs, KEYWORD: first_real_token(args, kwargs)}
+        held[:] = [first_real_token(args, kwargs)]
+        return args, {**kwargs, KEYWORD: held[0]} if takes_keywords else kwargs
 
     def confirm(_module: Any, _args: Any, _output: Any) -> None:
+        held.clear()
         if not reached.issuperset(mask.layers):
             raise Unsupported(
                 f"{network.config.model_type} does not pass the mask on to the attention of layer "
@@ -76,7 +82,7 @@ def wemask(
     begin.wemask = True  # type: ignore[attr-defined]
     handles = [decoder.register_forward_pre_hook(begin, with_kwargs=True)]
     for layer, module in attention.items():
-        edit = _edit(mask, layer, tokens, reached, watch)
+        edit = _edit(mask, layer, tokens, reached, held, watch)
         handles.append(module.register_forward_pre_hook(edit, with_kwargs=True))
     handles.append(decoder.register_forward_hook(confirm))
     try:
@@ -84,6 +90,12 @@ def wemask(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _takes_keywords(module: Any) -> bool:
+    """Whether a module's forward takes any keyword."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def first_real_token(args: tuple, kwargs: dict) -> torch.Tensor:
@@ -142,6 +154,11 @@ def weight_mask(
         gain = layers[layer].get_submodule(family.norm).weight.detach().double().cpu().numpy()
         chosen[layer] = largest(gain - family.null_gain, size)
     return Mask(config.hidden_size, "weight", strength, chosen)
+
+
+def attention_modules(model: Any) -> dict[int, Any]:
+    """The attention modules of a model, also wrapped, by layer; see `wemask`."""
+    return _modules(unwrapped(model), None)[1]
 
 
 def unwrapped(model: Any) -> Any:
@@ -232,13 +249,25 @@ def _check(mask: Mask, network: Any, attention: dict[int, Any]) -> None:
 
 
 def _edit(
-    mask: Mask, layer: int, tokens: str, reached: set[int], watch: Watch | None
+    mask: Mask,
+    layer: int,
+    tokens: str,
+    reached: set[int],
+    held: list[torch.Tensor],
+    watch: Watch | None,
 ) -> Callable[[Any, tuple, dict], tuple[tuple, dict]]:
     chosen = list(mask.dimensions.get(layer, ()))
     factors: dict[tuple[Any, torch.dtype], torch.Tensor] = {}
 
     def hook(_module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         positions = kwargs.pop(KEYWORD, None)
+        if positions is None and held:
+            positions = held[0]
+        elif positions is None and chosen and torch.is_grad_enabled():
+            raise Unsupported(
+                f"Layer {layer} runs again outside the decoder's call and hands no mask on, so "
+                "this model cannot train under wemask with activation checkpointing."
+            )
         if not chosen or (positions is None and tokens == "first"):
             return args, kwargs
         reached.add(layer)

@@ -20,6 +20,14 @@ def hidden(output: Any) -> torch.Tensor:
     return output if isinstance(output, torch.Tensor) else output[0]
 
 
+def residual(states: torch.Tensor) -> torch.Tensor:
+    """The residual stream [B, T, D] that attention reads.
+
+    Gemma 3n carries several, [streams, B, T, D], of which the first is the one.
+    """
+    return states[0] if states.dim() == 4 else states
+
+
 def backbone(model: Any, anatomy: Anatomy) -> torch.nn.Module:
     """The module that owns the decoder layers: everything but the language-model head."""
     return model.get_submodule(anatomy.layers_path.rpartition(".")[0])
@@ -55,10 +63,10 @@ def layer_norms(
 
     def first_input(_module: Any, args: tuple, kwargs: dict) -> None:
         states = args[0] if args else kwargs["hidden_states"]
-        rows.append(states.detach()[0].float().norm(dim=-1).cpu())
+        rows.append(residual(states).detach()[0].float().norm(dim=-1).cpu())
 
     def output(_module: Any, _args: Any, result: Any) -> None:
-        rows.append(hidden(result).detach()[0].float().norm(dim=-1).cpu())
+        rows.append(residual(hidden(result)).detach()[0].float().norm(dim=-1).cpu())
 
     handles = [layers[0].register_forward_pre_hook(first_input, with_kwargs=True)]
     handles += [layer.register_forward_hook(output) for layer in layers]

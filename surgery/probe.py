@@ -25,6 +25,7 @@ from surgery.observe import (
     hidden,
     hooked,
     layer_norms,
+    residual,
 )
 from surgery.reference import masked
 
@@ -420,7 +421,7 @@ def _numpy(values: torch.Tensor) -> Array:
 
 def _flat(states: torch.Tensor) -> torch.Tensor:
     """States of the one sequence in the batch, [tokens, width]."""
-    return states.detach().reshape(-1, states.shape[-1])
+    return residual(states).detach().reshape(-1, states.shape[-1])
 
 
 def effective_gain(norm: torch.nn.Module, null_gain: float) -> torch.Tensor | None:

@@ -56,10 +56,12 @@ class SharedPrefix:
     """Layers before `stop` run once per batch; later passes reuse what they gave.
 
     What they gave is kept by batch number: tokens × hidden size numbers for each batch recorded.
+    Nothing is shared where later layers also read the keys and values of earlier ones.
     """
 
     def __init__(self, model: Any, anatomy: Anatomy, stop: int) -> None:
-        self._layers = decoder_layers(model, anatomy)[:stop]
+        reused = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
+        self._layers = [] if reused else decoder_layers(model, anatomy)[:stop]
         self._results: dict[int, Any] = {}
 
     @contextmanager

@@ -23,7 +23,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import Unsupported
 from surgery.loading import auto_class, quiet, refuse_remote_code
 from surgery.locate import Emergence, agree, vote
-from surgery.observe import backbone, decoder_layers, hidden, pad
+from surgery.observe import backbone, decoder_layers, hidden, pad, residual
 
 # Layers the sink must stay massive for before a stream stops. SmolLM2's early rise, which fades,
 # lasts seven.
@@ -384,7 +384,7 @@ def _keep(
     states: list[torch.Tensor],
 ) -> None:
     for group, state in zip(groups, states, strict=True):
-        lengths = state.float().norm(dim=-1).cpu()
+        lengths = residual(state).float().norm(dim=-1).cpu()
         for row, (place, ids) in enumerate(group):
             norms[place].append(lengths[row, : len(ids)])
 
