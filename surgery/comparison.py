@@ -29,9 +29,10 @@ from surgery.plan import MANIFEST
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import file_sha256, resolve
 from surgery.subject import Subject
+from surgery.tasks import load_tasks, run_tasks, task_settings
 
 if TYPE_CHECKING:
-    from surgery.tasks import TaskRow, TaskSettings
+    from surgery.tasks import TaskRow
 
 SCHEMA = 1
 BASE, REFERENCE = "base", "reference"
@@ -348,7 +349,7 @@ def compare(
         raise BadSettings("--check-tokens must be at least 1.")
     if not measure and not tasks:
         raise BadSettings("There is nothing to measure: give --tasks, or leave out --no-text.")
-    task_settings = _task_settings(tasks, task_options)
+    chosen = task_settings(tasks, task_options)
     device = device or _rank_device()
     settings = Settings(
         model=base, revision=revision, device=device, dtype=dtype,
@@ -363,11 +364,9 @@ def compare(
         _require_same_shape(checkpoint, source)
         _require_same_tokenizer(subject, source, trust_remote_code, notes)
     loaded = None
-    if task_settings is not None:
+    if chosen is not None:
         # Before anything is measured: a misspelt task should not cost an hour.
-        from surgery.tasks import load_tasks
-
-        loaded = load_tasks(task_settings, reporter)
+        loaded = load_tasks(chosen, reporter)
         notes += loaded.notes
     reporter.say("Hashing weight files")
     others = _named(sources)
@@ -383,8 +382,6 @@ def compare(
     rows: tuple[TaskRow, ...] = ()
     recorded: dict[str, Any] = {}
     if loaded is not None:
-        from surgery.tasks import run_tasks
-
         rows, recorded = run_tasks(
             loaded, subject, anatomy, references,
             [(other.variant.name, other.checkpoint) for other in others],
@@ -410,15 +407,6 @@ def compare(
         _versions(loaded is not None),
         tuple(notes),
     )
-
-
-def _task_settings(tasks: Sequence[str], options: dict[str, Any]) -> TaskSettings | None:
-    if not tasks:
-        return None
-    from surgery.tasks import TaskSettings, require_harness
-
-    require_harness()
-    return TaskSettings(tasks=tuple(tasks), **options)
 
 
 def _rank_device() -> str | None:

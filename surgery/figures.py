@@ -361,8 +361,8 @@ def plot_sweep(sweep: Sweep, path: Path) -> None:
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for (strength, scope), axes in zip(panels, grid.flat, strict=False):
-            if sweep.score == "perplexity" and sweep.base_perplexity is not None:
-                axes.axhline(sweep.base_perplexity, color="0.5", linewidth=1.5, label="base")
+            if sweep.base_score is not None:
+                axes.axhline(sweep.base_score, color="0.5", linewidth=1.5, label="base")
             _sweep_lines(
                 axes,
                 [r for r in rows if (r.point.strength, r.point.scope) == (strength, scope)],

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,9 @@ from surgery.quality import Batch, SharedPrefix, make_batches, measured, unmodif
 from surgery.reference import masked
 from surgery.settings import Settings
 from surgery.subject import Subject, calibration_windows, heldout_windows
+
+if TYPE_CHECKING:
+    from surgery.tasks import TaskRow, TaskScorer
 
 # Log-probabilities of base, and of the reference, that are kept: so many numbers each.
 KEPT_NUMBERS = 256_000_000
@@ -53,7 +56,8 @@ class Figures:
 
     against_base: perplexity relative to base, minus 1. KL in nats per position, against the
     paper's reference with the same mask and against base. dimensions: in S, per layer. seconds:
-    what scoring took.
+    what scoring took. task_error: mean over the tasks of 1 minus the score (of the score itself
+    where lower is better), each task by its first metric; None without tasks.
     """
 
     perplexity: float
@@ -66,6 +70,24 @@ class Figures:
     dimensions: int
     tokens: int
     seconds: float
+    tasks: tuple[TaskFigure, ...] = ()
+    task_error: float | None = None
+    base_task_error: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskFigure:
+    """A task's score with the edit, and its difference from base with the 95 % interval."""
+
+    task: str
+    metric: str
+    documents: int
+    score: float
+    base: float
+    difference: float
+    low: float
+    high: float
+    verdict: str
 
 
 class Kept:
@@ -99,9 +121,16 @@ class Scorer:
     """A loaded model, what all settings share, and proof that the model stays what it is."""
 
     def __init__(
-        self, subject: Subject, anatomy: Anatomy, layer: int, common: Settings, text: str | None
+        self,
+        subject: Subject,
+        anatomy: Anatomy,
+        layer: int,
+        common: Settings,
+        text: str | None,
+        tasks: TaskScorer | None = None,
     ) -> None:
         """layer: the ME Layer. common: everything but the settings that are swept."""
+        self._tasks = tasks
         self._subject, self._anatomy, self._common, self._layer = subject, anatomy, common, layer
         model = subject.model
         self._every_target = attention_targets(layer, anatomy.attends, "all")
@@ -144,6 +173,7 @@ class Scorer:
             from_base += batch.divergence(known, logs)
             del known
             from_reference += batch.divergence(reference.logs(number), logs)
+        rows = self._tasks.score(weights.active) if self._tasks is not None else ()
         self._require_restored(plain)
         base, predicted, positions = self._base.loss, self._predicted, self._positions
         folded = measured(
@@ -162,6 +192,7 @@ class Scorer:
             dimensions=len(mask.dimensions[mask.layers[0]]),
             tokens=positions,
             seconds=time.perf_counter() - start,
+            **task_figures(rows),
         )
 
     def require_untouched(self) -> None:
@@ -243,6 +274,42 @@ class Scorer:
             parameter = parameter_of(self._subject.model, self._anatomy, edit)
             if sum_of_bytes(parameter) != self._sums[edit.tensor]:
                 raise Touched
+
+
+def task_figures(rows: Sequence[TaskRow]) -> dict[str, Any]:
+    """The fields of `Figures` that are about tasks, from the rows of "base" and "edited"."""
+    if not rows:
+        return {}
+    first = {row.task: row for row in reversed(rows)}
+    chosen = [first[task] for task in dict.fromkeys(row.task for row in rows)]
+
+    def error(name: str) -> float:
+        scores = [(row.variants[name].mean, row.higher_is_better) for row in chosen]
+        return sum(1.0 - mean if higher else mean for mean, higher in scores) / len(scores)
+
+    figures = []
+    for row in chosen:
+        edited = row.variants["edited"]
+        change = edited.difference
+        assert change is not None
+        figures.append(
+            TaskFigure(
+                row.task,
+                row.metric,
+                row.n,
+                edited.mean,
+                row.variants["base"].mean,
+                change.difference,
+                change.low,
+                change.high,
+                change.verdict,
+            )
+        )
+    return {
+        "tasks": tuple(figures),
+        "task_error": error("edited"),
+        "base_task_error": error("base"),
+    }
 
 
 def sum_of_bytes(parameter: torch.Tensor) -> int:

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -221,12 +221,17 @@ class SharedStudy:
     def alive(self, claim: Claim) -> Iterator[None]:
         """Heartbeats for the time of the block; the point is handed back if the block fails."""
         import optuna
+        import sqlalchemy
 
         stop = threading.Event()
 
         def beat() -> None:
             while not stop.wait(HEARTBEAT):
-                self._storage.record_heartbeat(claim.trial)
+                # One beat that a busy database did not take is no death; the next one may pass.
+                with suppress(
+                    sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError
+                ):
+                    self._storage.record_heartbeat(claim.trial)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()

@@ -34,6 +34,7 @@ from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
 from surgery.study import Claim, Progress, SharedStudy, Space
 from surgery.subject import Subject
+from surgery.tasks import TaskScorer, TaskSettings, task_settings
 
 if TYPE_CHECKING:
     from surgery.anatomy import Anatomy
@@ -45,6 +46,7 @@ RATES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 SCORES = {
     "perplexity": ("perplexity", "perplexity"),
     "kl": ("kl_from_reference", "KL(reference ‖ folded), nats"),
+    "tasks": ("task_error", "error on the tasks (1 − score, mean)"),
 }
 STUDY, RESULTS, FIGURE = "study.db", "results.json", "sweep.png"
 # Seconds between two looks at what other workers do.
@@ -72,7 +74,7 @@ class Plan:
 
     common: the settings that all points share. values: of each that varies. text: a file to
     measure on instead of the bundled held-out text. trials: so many points by search; None for
-    every point of the grid.
+    every point of the grid. tasks: what to score by where score is "tasks".
     """
 
     common: Settings
@@ -80,6 +82,7 @@ class Plan:
     score: str
     text: str | None
     trials: int | None
+    tasks: TaskSettings | None = None
 
     @property
     def space(self) -> Space:
@@ -122,6 +125,7 @@ class Plan:
             "calibration tokens": common.calibration_tokens,
             "sha256 of the text": _text_hash(self.text, "heldout"),
             "sha256 of the calibration text": _text_hash(common.calibration, "calibration"),
+            **({"tasks": _task_facts(self.tasks)} if self.tasks is not None else {}),
         }
 
 
@@ -163,8 +167,16 @@ class Sweep:
     @property
     def base_perplexity(self) -> float | None:
         """Of the model as it is."""
+        return self._of_base("base_perplexity")
+
+    @property
+    def base_score(self) -> float | None:
+        """The score of the model as it is; None for KL, which is the distance from another."""
+        return self._of_base({"tasks": "base_task_error"}.get(self.score, f"base_{self.score}"))
+
+    def _of_base(self, figure: str) -> float | None:
         best = self.best
-        return best.figures["base_perplexity"] if best and best.figures else None
+        return best.figures.get(figure) if best and best.figures else None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -176,6 +188,7 @@ class Sweep:
             "score": self.score,
             "emergence_layer": self.layer,
             "base_perplexity": self.base_perplexity,
+            "base_score": self.base_score,
             "settings": dict(self.settings),
             "best": best.command if best else None,
             "points": [
@@ -218,15 +231,18 @@ def sweep(
     device: str | None = None,
     dtype: str = "float32",
     trust_remote_code: bool = False,
+    tasks: Sequence[str] = (),
     reporter: Reporter = SILENT,
+    **task_options: Any,
 ) -> Sweep:
     """Score every combination of settings on one loaded model; results.json and a figure.
 
     model: a folder, a Hub id, a .gguf file or "demo". folds: by default `norm` (`qkv` where that
-    is not possible) and `sink`. score: "perplexity" or "kl", both minimised. text: a file to
-    measure on. storage: the study's database, by default an SQLite file in `output`; workers on
-    several machines share a postgresql:// one. jobs: local processes, each on a device of its own
-    where there are several. trials: search so many points (TPE) instead of the whole grid.
+    is not possible) and `sink`. score: "perplexity", "kl" or "tasks" (the mean error on lm-eval
+    tasks), each minimised. tasks, task_options: as in `surgery.compare`. text: a file to measure
+    on. storage: the study's database, by default an SQLite file in `output`; workers on several
+    machines share a postgresql:// one. jobs: local processes, each on a device of its own where
+    there are several. trials: search so many points (TPE) instead of the whole grid.
     convert_best: a folder to convert to with the best settings. The others: see `Settings`.
     A sweep that was interrupted goes on where it was. Raises BadSettings when its study was made
     with other settings, and another SurgeryError for what prevents every point; what prevents one
@@ -253,7 +269,12 @@ def sweep(
         "select": selects,
         "strength": strengths,
     }
-    plan = Plan(common, _checked(common, values), score, text, trials)
+    if (score == "tasks") != bool(tasks):
+        raise BadSettings(
+            "--score tasks and --tasks belong together: which tasks, and that they decide."
+        )
+    chosen = task_settings(tasks, task_options)
+    plan = Plan(common, _checked(common, values), score, text, trials, chosen)
     _check(plan, anatomy, checkpoint, jobs)
     name = checkpoint.origin.name.rsplit("/", 1)[-1]
     folder = Path(output) if output is not None else Path(f"{name}-sweep")
@@ -273,10 +294,11 @@ def sweep(
             else:
                 _employ(plan, shared, url, jobs, _counting(progress, advance))
     found = _result(plan, shared, checkpoint, folder, facts)
+    _write(found)
     if convert_best is not None and found.best is not None:
         best = asdict(found.best.point.settings(_for_convert(common)))
         found = replace(found, converted=convert(output=convert_best, reporter=reporter, **best))
-    _write(found)
+        _write(found)
     return found
 
 
@@ -333,6 +355,12 @@ def _text_hash(path: str | None, bundled: str) -> str:
 
     file = Path(path) if path is not None else texts.FOLDER / f"{bundled}.jsonl"
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _task_facts(tasks: TaskSettings) -> dict[str, Any]:
+    """As JSON has it; where the documents lie differs between machines, what they are may not."""
+    facts = {name: value for name, value in asdict(tasks).items() if name != "data"}
+    return dict(json.loads(json.dumps(facts)))
 
 
 def _make_folder(folder: Path) -> None:
@@ -426,7 +454,13 @@ def _scorer(
         emergence = find_emergence(subject, anatomy, plan.common, reporter)
         reporter.show(emergence)
         layer = shared.agree("emergence layer", emergence.require())
-    scorer = Scorer(subject, anatomy, layer, plan.common, plan.text)
+    tasks = None
+    if plan.tasks is not None:
+        reporter.say("Running the tasks on the model as it is")
+        tasks = TaskScorer(plan.tasks, subject, plan.common, SILENT)
+        if shared.agree("sha256 of the documents", tasks.documents) != tasks.documents:
+            raise BadSettings("The study was made with other documents of the same tasks.")
+    scorer = Scorer(subject, anatomy, layer, plan.common, plan.text, tasks)
     if shared.agree("sha256 of the parameters", scorer.parameters) != scorer.parameters:
         raise BadSettings(
             f"The study was made with other weights than those of {checkpoint.origin.name} here; "
@@ -465,7 +499,7 @@ def _workers(
             common = replace(plan.common, device=_device(plan.common.device, number))
             # By the pipe, not by the command line: a storage's URL may hold a password.
             order = {
-                "plan": {**_plain(plan), "common": asdict(common)},
+                "plan": _plain(replace(plan, common=common)),
                 "study": shared.name,
                 "url": url,
                 "jobs": jobs,
@@ -524,12 +558,19 @@ def _end_with_parent() -> None:
 
 
 def _plain(plan: Plan) -> dict[str, Any]:
-    return {field.name: getattr(plan, field.name) for field in fields(plan)}
+    found = {field.name: getattr(plan, field.name) for field in fields(plan)}
+    tasks = asdict(plan.tasks) if plan.tasks is not None else None
+    return {**found, "common": asdict(plan.common), "tasks": tasks}
 
 
 def _from_plain(plain: Mapping[str, Any]) -> Plan:
     values = {name: tuple(given) for name, given in plain["values"].items()}
-    return Plan(**{**plain, "common": Settings(**plain["common"]), "values": values})
+    tasks = plain["tasks"]
+    if tasks is not None:
+        lists = {name: tuple(tasks[name]) for name in ("tasks", "seeds")}
+        tasks = TaskSettings(**{**tasks, **lists})
+    common = Settings(**plain["common"])
+    return Plan(**{**plain, "common": common, "values": values, "tasks": tasks})
 
 
 # --------------------------------------------------------------------------------------------

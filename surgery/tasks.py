@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import os
 import sys
@@ -146,6 +147,14 @@ class LoadedTasks:
     sampled: frozenset[str]
     notes: tuple[str, ...] = ()
     manager: Any = None
+
+
+def task_settings(tasks: Sequence[str], options: Mapping[str, Any]) -> TaskSettings | None:
+    """What a user asked for, None without tasks; raises where the harness is missing."""
+    if not tasks:
+        return None
+    require_harness()
+    return TaskSettings(tasks=tuple(tasks), **options)
 
 
 def require_harness() -> None:
@@ -351,15 +360,7 @@ def run_tasks(
     from surgery.reference import masked
 
     options = loaded.settings
-    tokenizer = subject.tokenizer
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    if options.chat_template and not has_template:
-        raise BadSettings("--chat-template was given, but the base's tokenizer has no template.")
-    template = has_template if options.chat_template is None else options.chat_template
-    on_cpu = subject.device.type == "cpu"
-    batch = options.batch_size or (CPU_BATCH if on_cpu and options.backend == "hf" else "auto")
-    recorded = _recorded(loaded, template, tokenizer, batch)
-    host = _Host(loaded, subject, settings, batch, template, reporter)
+    host, recorded = _host(loaded, subject, settings, reporter)
     runs: dict[str, _Run] = {}
     with host.model(subject.checkpoint, notes) as lm:
         runs["base"] = host.run("base", lm, nullcontext)
@@ -391,6 +392,55 @@ def run_tasks(
             "be called better or worse by chance alone."
         )
     return rows, recorded
+
+
+class TaskScorer:
+    """Tasks on one loaded model: as it is, and under edits in memory."""
+
+    def __init__(
+        self, options: TaskSettings, subject: Subject, settings: Settings, reporter: Reporter
+    ) -> None:
+        """Runs the tasks on the model as it is; every edit is compared with that."""
+        self._loaded, self._subject = load_tasks(options, reporter), subject
+        self._host, self.configuration = _host(self._loaded, subject, settings, reporter)
+        self._base = self._run("base", nullcontext)
+
+    def score(self, context: Callable[[], AbstractContextManager[Any]]) -> tuple[TaskRow, ...]:
+        """Rows of "base" and "edited", which is the model within the context."""
+        runs = {"base": self._base, "edited": self._run("edited", context)}
+        return tuple(
+            row
+            for name, leaves in self._loaded.rows
+            for row in _score(name, leaves, self._loaded, runs)
+        )
+
+    @property
+    def documents(self) -> str:
+        """sha256 over the documents that were run, which other workers must run too."""
+        found = {
+            task: [document["doc_hash"] for document in runs[0]]
+            for task, runs in sorted(self._base.samples.items())
+        }
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()
+
+    def _run(self, name: str, context: Callable[[], AbstractContextManager[Any]]) -> _Run:
+        with self._host.model(self._subject.checkpoint, []) as lm:
+            return self._host.run(name, lm, context)
+
+
+def _host(
+    loaded: LoadedTasks, subject: Subject, settings: Settings, reporter: Reporter
+) -> tuple[_Host, dict[str, Any]]:
+    """What hands models to the harness, and the configuration that all of them run under."""
+    options, tokenizer = loaded.settings, subject.tokenizer
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    if options.chat_template and not has_template:
+        raise BadSettings("--chat-template was given, but the base's tokenizer has no template.")
+    template = has_template if options.chat_template is None else options.chat_template
+    on_cpu = subject.device.type == "cpu"
+    batch = options.batch_size or (CPU_BATCH if on_cpu and options.backend == "hf" else "auto")
+    recorded = _recorded(loaded, template, tokenizer, batch)
+    return _Host(loaded, subject, settings, batch, template, reporter), recorded
 
 
 def _recorded(loaded: LoadedTasks, template: bool, tokenizer: Any, batch: str) -> dict[str, Any]:
@@ -526,8 +576,10 @@ class _Host:
         return found
 
     def _evaluate(self, lm: Any, tasks: list[Any], seed: int) -> Any:
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluator, simple_evaluate
 
+        # It asks git about the current folder, and git may answer on the user's terminal.
+        evaluator.get_git_commit_hash = lambda: None
         if self._loaded.settings.backend == "vllm":
             # vLLM's sampler has a seed of its own, per request.
             for task in tasks:

@@ -580,16 +580,17 @@ def test_whole_model(tmp_path: Path) -> None:
     """The demo model, converted for all layers, on text and tasks."""
     edited = tmp_path / "edited"
     surgery.convert("demo", output=edited, fold="sink", scope="all")
-    found = surgery.compare(
-        "demo", edited, tasks=["wemask_piqa", "wemask_arc_challenge"], data=str(SHARED), limit=40
-    )
+    tasks = ["wemask_piqa", "wemask_arc_challenge", "wemask_mmlu", "wemask_gsm8k"]
+    found = surgery.compare("demo", edited, tasks=tasks, data=str(SHARED), limit=24)
+    assert {row.task for row in found.tasks} == set(tasks)
     sink = found.measure("edited")
     assert sink.kl_from_reference is not None
     assert sink.kl_from_reference < 0.01 < sink.kl_from_base  # type: ignore[operator]
     assert sink.sink_attention < found.measure("base").sink_attention  # type: ignore[operator]
     # The fold is the reference in plain weights: hardly a document tells them apart.
     for row in found.tasks:
-        assert abs(row.variants["edited"].mean - row.variants["reference"].mean) <= 0.05
+        if row.deterministic:  # a sampled answer differs wholly after one other token
+            assert abs(row.variants["edited"].mean - row.variants["reference"].mean) <= 0.05
     found.write(tmp_path / "results.json")
     surgery.refresh_card(edited, results=tmp_path / "results.json")
     assert results.check_results(read_manifest(edited).results).tasks

@@ -8,24 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.commands.options import output_options
+from surgery.commands.options import output_options, task_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from surgery.comparison import Comparison, TextMeasure
     from surgery.tasks import TaskRow, VariantScore
-
-
-def _numbers(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,1,2") from error
-
-
-def _words(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
 @click.command()
@@ -38,37 +27,7 @@ def _words(_ctx: click.Context, _parameter: click.Parameter, value: str | None) 
 @click.option(
     "--check-tokens", type=int, default=4096, show_default=True, help="Tokens of text to measure."
 )
-@click.option(
-    "--tasks",
-    callback=_words,
-    metavar="LIST",
-    help="knowledge, math, safety, any name of lm-evaluation-harness, or YAML files and folders.",
-)
-@click.option(
-    "--data", type=click.Path(), metavar="DIR", help="Local documents for the shipped tasks."
-)
-@click.option("--limit", type=int, help="Documents per task.")
-@click.option("--batch-size", help="A number or auto.  [default: auto; 8 on the CPU]")
-@click.option(
-    "--seeds", callback=_numbers, default="0,1,2", show_default=True, help="For sampling tasks."
-)
-@click.option(
-    "--max-new-tokens", type=int, help="Per generation.  [default: 512; GSM8K 128, as the paper]"
-)
-@click.option(
-    "--temperature", type=float, help="For all generations; 0 is greedy.  [default: the task's]"
-)
-@click.option(
-    "--chat-template/--no-chat-template",
-    default=None,
-    help="Pose tasks as chat.  [default: where the tokenizer has a template]",
-)
-@click.option(
-    "--thinking/--no-thinking",
-    default=False,
-    show_default=True,
-    help="The template's enable_thinking.",
-)
+@task_options
 @click.option(
     "--backend",
     type=click.Choice(["hf", "vllm"]),

@@ -49,6 +49,68 @@ def analysis_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def task_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Which tasks of lm-evaluation-harness to run, and how."""
+    for option in (
+        click.option(
+            "--thinking/--no-thinking",
+            default=False,
+            show_default=True,
+            help="The template's enable_thinking.",
+        ),
+        click.option(
+            "--chat-template/--no-chat-template",
+            default=None,
+            help="Pose tasks as chat.  [default: where the tokenizer has a template]",
+        ),
+        click.option(
+            "--temperature",
+            type=float,
+            help="For all generations; 0 is greedy.  [default: the task's]",
+        ),
+        click.option(
+            "--max-new-tokens",
+            type=int,
+            help="Per generation.  [default: 512; GSM8K 128, as the paper]",
+        ),
+        click.option(
+            "--seeds",
+            callback=_numbers,
+            default="0,1,2",
+            show_default=True,
+            help="For sampling tasks.",
+        ),
+        click.option("--batch-size", help="A number or auto.  [default: auto; 8 on the CPU]"),
+        click.option("--limit", type=int, help="Documents per task."),
+        click.option(
+            "--data",
+            type=click.Path(),
+            metavar="DIR",
+            help="Local documents for the shipped tasks.",
+        ),
+        click.option(
+            "--tasks",
+            callback=_words,
+            metavar="LIST",
+            help="knowledge, math, safety, any name of lm-evaluation-harness, or YAML files and "
+            "folders.",
+        ),
+    ):
+        function = option(function)
+    return function
+
+
+def _numbers(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,1,2") from error
+
+
+def _words(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+
+
 def parse_layers(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
     """ "7,9-11" as (7, 9, 10, 11)."""
     if value is None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import click
 
-from surgery.commands.options import analysis_options, output_options
+from surgery.commands.options import analysis_options, output_options, task_options
+from surgery.errors import Terminated
 
 
 def _list_of(kind: Callable[[str], Any]) -> Callable[..., Any]:
@@ -68,11 +69,13 @@ def _list_of(kind: Callable[[str], Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--score",
-    type=click.Choice(["perplexity", "kl"]),
+    type=click.Choice(["perplexity", "kl", "tasks"]),
     default="perplexity",
     show_default=True,
-    help="What should be low: perplexity, or the distance from the paper's reference.",
+    help="What should be low: perplexity, the distance from the paper's reference, or the mean "
+    "error on --tasks.",
 )
+@task_options
 @click.option("--trials", type=int, help="Search so many points (TPE) instead of the whole grid.")
 @click.option("--layer", type=int, metavar="M", help="The ME Layer, instead of searching for it.")
 @click.option(
@@ -127,9 +130,9 @@ def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     terminal = Terminal(quiet=quiet, as_json=as_json)
     try:
         found = sweep(model, reporter=terminal, **options)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         click.echo("Interrupted; the same command goes on from here.", err=True)
-        sys.exit(130)
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
     if as_json:
         print_json(found.as_dict())
     terminal.table(sweep_table(found))
@@ -140,6 +143,11 @@ def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
             if found.score != "kl"
             else "front ●: no other point has both a lower KL and a lower perplexity"
         )
+        if found.score == "tasks":
+            terminal.out.print(
+                f"The best of {len(found.rows)} points owes some of its score to chance; confirm "
+                "it on other documents with `surgery compare`."
+            )
         terminal.out.print("Best settings:")
         terminal.out.print(f"  {safe(found.best.command)}", soft_wrap=True)
         terminal.out.print(

@@ -136,6 +136,11 @@ def _plan(plan: Plan) -> RenderableType:
     patched = [file.name for file in plan.files if file.edits]
     table.add_row("output", safe(plan.output))
     table.add_row("edits", what or "none (strength 0)")
+    if plan.form.endswith("adapter"):
+        table.add_row("base", "untouched: the edits become rank-one updates beside it")
+        size = f"{plan.bytes_written / 1e3:.3g} kB"
+        table.add_row("files", safe(", ".join(file.name for file in plan.files)) + f" ({size})")
+        return table
     table.add_row(
         "tensors",
         f"{len(plan.edits)} of {len(plan.checkpoint.tensors)} change "
@@ -184,9 +189,11 @@ def sweep_table(found: Sweep) -> Table:
     """Every point of a sweep, best first, narrow enough for a terminal."""
     tasks = found.score == "tasks"
     table = Table(
-        title=f"Sweep of {safe(found.model)}: lowest {found.score} first (base perplexity "
-        f"{number(found.base_perplexity)}{f', error {number(found.base_score)}' if tasks else ''})",
-        caption="KL ref: KL(paper's reference ‖ folded); KL base: KL(base ‖ folded); nats",
+        title=f"Sweep of {safe(found.model)}: lowest {'error' if tasks else found.score} first "
+        f"(base perplexity {number(found.base_perplexity)}"
+        f"{f', error {number(found.base_score)}' if tasks else ''})",
+        caption="KL ref: KL(paper's reference ‖ folded), nats; "
+        + ("error: 1 − score, mean over the tasks" if tasks else "KL base: KL(base ‖ folded)"),
         title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -194,8 +201,8 @@ def sweep_table(found: Sweep) -> Table:
     several = len({row.point.strength for row in found.rows}) > 1
     for heading in ("rate", "scope", "fold", "select", *(("strength",) if several else ())):
         table.add_column(heading)
-    measured = ("perplexity", "against", "KL ref", "KL base")
-    for heading in (*(("error",) if tasks else ()), *measured):
+    last = "error" if tasks else "KL base"
+    for heading in ("perplexity", "against", "KL ref", last):
         table.add_column(heading, justify="right")
     table.add_column("front")
     for row in found.rows:
@@ -208,11 +215,10 @@ def sweep_table(found: Sweep) -> Table:
             continue
         table.add_row(
             *settings,
-            *((number(figures["task_error"]),) if tasks else ()),
             number(figures["perplexity"]),
             f"{figures['against_base']:+.1%}",
             number(figures["kl_from_reference"]),
-            number(figures["kl_from_base"]),
+            number(figures["task_error" if tasks else "kl_from_base"]),
             "●" if row.on_front else "",
             style="bold green" if row is found.best else None,
         )
