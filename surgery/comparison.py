@@ -337,10 +337,11 @@ def compare(
     """Measure what edits gained and lost against their base, on text and on tasks.
 
     base, edited: checkpoints in any form `resolve` takes; the edited ones need not be ours, only
-    of the same architecture and tokenizer. text: a file in place of the bundled held-out text;
-    measure: whether to measure on text at all. tasks: lm-eval task names, groups or YAML files;
-    task_options: the fields of `tasks.TaskSettings`. reference: also run the paper's hooks on the
-    base, with the mask of each edited checkpoint's manifest, or located anew where there is none.
+    of the same architecture and tokenizer. text: a file, or hub:NAME for a data set
+    (`texts.dataset_texts`), in place of the bundled held-out text; measure: whether to measure on
+    text at all. tasks: lm-eval task names, groups or YAML files; task_options: the fields of
+    `tasks.TaskSettings`. reference: also run the paper's hooks on the base, with the mask of each
+    edited checkpoint's manifest, or located anew where there is none.
     Raises a SurgeryError that says what is wrong.
     """
     if not edited:
@@ -397,7 +398,7 @@ def compare(
         measures,
         rows,
         {
-            "text": None if not measure else (Path(text).name if text else "bundled held-out text"),
+            "text": _text_name(text) if measure else None,
             "tokens": sum(len(window) for window in windows),
             "sequences": len(windows),
             "dtype": dtype,
@@ -549,11 +550,24 @@ def _located(
     return choose_mask(subject, anatomy, targets, settings)
 
 
+def _text_name(text: str | Path | None) -> str:
+    from surgery import texts
+
+    if text is None:
+        return "bundled held-out text"
+    return str(text) if str(text).startswith(texts.HUB) else Path(text).name
+
+
 def _windows(subject: Subject, text: str | Path | None, limit: int) -> list[list[int]]:
     from surgery import texts
     from surgery.loading import longest_context
 
-    chosen = texts.bundled("heldout") if text is None else texts.read_texts(Path(text))
+    if text is None:
+        chosen = texts.bundled("heldout")
+    elif str(text).startswith(texts.HUB):
+        chosen = texts.dataset_texts(str(text), limit)
+    else:
+        chosen = texts.read_texts(Path(text))
     longest = longest_context(subject.config.get_text_config(), texts.WINDOW)
     return texts.windows(subject.tokenizer, chosen, longest, limit)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import BadSettings
+from surgery.errors import BadSettings, SurgeryError
 
 FOLDER = Path(__file__).parent / "data"
 # The first lines of the bundled calibration text are one prompt of each kind, from about ten to
@@ -22,6 +22,9 @@ LOCATING_PROMPTS = 8
 WINDOW = 256
 # Longest prompt when locating.
 LONGEST_PROMPT = 1100
+# What names a data set rather than a file, and characters that surely make a token of its text.
+HUB = "hub:"
+_CHARACTERS = 12
 # Shorter remainders of a text say little about a model.
 SHORTEST = 8
 
@@ -65,15 +68,50 @@ def _lines(raw: str) -> list[tuple[int, str]]:
 
 def _from_line(path: Path, number: int, line: str) -> Text:
     try:
-        row: Any = json.loads(line)
-        kind = str(row.get("kind", "text"))
-        if "text" in row:
-            return Text(kind, str(row["text"]))
-        return Text(kind, "\n".join(str(turn["content"]) for turn in row["messages"]))
+        return _from_row(json.loads(line))
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise BadSettings(
             f'{path}, line {number}: expected a JSON object with "text" or "messages".'
         ) from error
+
+
+def _from_row(row: Any) -> Text:
+    kind = str(row.get("kind", "text"))
+    if "text" in row:
+        return Text(kind, str(row["text"]))
+    return Text(kind, "\n".join(str(turn["content"]) for turn in row["messages"]))
+
+
+def dataset_texts(name: str, tokens: int) -> list[Text]:
+    """The first rows of a Hub data set as one text, enough for about `tokens` tokens.
+
+    name: hub:REPOSITORY[[:CONFIGURATION]:SPLIT]; the split is "test" unless given. Rows have
+    "text", or "messages" with "content". Raises SurgeryError where it cannot be read.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise SurgeryError(
+            "--text hub:... needs datasets: pip install 'wemask-surgery[eval]'."
+        ) from error
+    repository, *rest = name.removeprefix(HUB).split(":")
+    configuration = rest[0] if len(rest) > 1 else None
+    rows: list[str] = []
+    size = 0
+    try:
+        for row in load_dataset(
+            repository, configuration, split=rest[-1] if rest else "test", streaming=True
+        ):
+            rows.append(_from_row(row).text.rstrip("\n"))
+            size += len(rows[-1])
+            if size >= _CHARACTERS * tokens:
+                break
+    except Exception as error:  # whatever the Hub, the network or the data set's files give
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        raise SurgeryError(f"The data set {name} cannot be read: {first}") from error
+    if not size:
+        raise BadSettings(f"The data set {name} holds no text.")
+    return [Text("text", "\n".join(rows))]
 
 
 def encode(tokenizer: Any, texts: Sequence[Text], longest: int) -> list[list[int]]:

@@ -224,6 +224,26 @@ def test_the_command_writes_results_and_a_figure(
     assert "verdict" in shown
 
 
+def test_text_of_a_data_set(
+    run: Any, converted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder stands for a repository of the Hub: the library reads both alike."""
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    rows = [f"Line {number} tells of {number * 7} ships.\n" for number in range(60)]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "test.jsonl").write_text(
+        "".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8"
+    )
+    (tmp_path / "file.txt").write_text("".join(rows).rstrip("\n"), encoding="utf-8")
+    words = ("compare", *converted, "--no-reference", "--check-tokens", 200, "--json", "--text")
+    name = f"hub:{tmp_path / 'set'}"
+    streamed, read = (run(*words, text).ok().json() for text in (name, tmp_path / "file.txt"))
+    assert (streamed["settings"]["text"], read["settings"]["text"]) == (name, "file.txt")
+    assert streamed["text"] == read["text"]
+    assert "cannot be read" in run(*words, f"{name}:train").sentence()
+
+
 def test_nothing_to_measure_is_refused(run: Any, converted: tuple[Path, Path]) -> None:
     assert "--tasks" in run("compare", *converted, "--no-text").sentence()
 

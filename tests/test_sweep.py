@@ -316,12 +316,13 @@ def test_tasks_on_six_layers_of_a_real_model(tmp_path: Path, run) -> None:
     """Error on a task, equal to what `compare` finds on the written checkpoint."""
     base = six_layer_cut(tmp_path / "base")
     sampled = {"tasks": "wemask_piqa", "data": SHARED, "limit": 8, "batch_size": 8}
-    options = {"layer": LAYER, "rates": (0.3,), "scopes": "all", "selects": "weight", **QUICK}
+    # Half a model is too far off for `norm` to pass the gate of `convert`.
+    options = {"layer": LAYER, "rates": (0.1, 0.3), "folds": "sink", "selects": "weight", **QUICK}
     made = run(
-        *("sweep", base, *words_of({**options, "score": "tasks", **sampled})),
+        *("sweep", base, *words_of({**options, "scopes": "all", "score": "tasks", **sampled})),
         *("-o", tmp_path / "out", "--convert-best", tmp_path / "best", "--json"),
     )
-    found = made.json()
+    found = made.ok().json()
     best = found["points"][0]
     assert best["score"] == best["task_error"] <= found["points"][1]["score"]
     (figure,) = best["tasks"]
@@ -329,8 +330,6 @@ def test_tasks_on_six_layers_of_a_real_model(tmp_path: Path, run) -> None:
     assert best["score"] == 1 - figure["score"]
     assert found["base_score"] == 1 - figure["base"]
     assert figure["low"] <= figure["difference"] <= figure["high"]
-    if found["converted"] is None:  # the gate of `convert` may refuse half a model
-        return
     row = surgery.compare(
         str(base), tmp_path / "best", measure=False, reference=False,
         **{**sampled, "tasks": ["wemask_piqa"], "batch_size": "8", "data": str(SHARED)},

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 @click.argument("base")
 @click.argument("edited", nargs=-1, required=True)
 @click.option(
-    "--text", type=click.Path(dir_okay=False), metavar="FILE", help="In place of the bundled text."
+    "--text",
+    metavar="FILE",
+    help="Text or JSONL in place of the bundled text; or a data set of the Hub, "
+    "hub:NAME[[:CONFIGURATION]:SPLIT].",
 )
 @click.option("--no-text", is_flag=True, help="Measure on tasks only.")
 @click.option(
