@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from surgery.commands import cli
+import os
+import signal
+import sys
 
 
 def main() -> None:
     """Run the command line."""
-    cli(prog_name="surgery")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        from surgery.commands import cli
+
+        cli(prog_name="surgery")
+    except KeyboardInterrupt:  # before or after the command itself, which has its own words
+        sys.stderr.write("Interrupted; nothing was left behind.\n")
+        os._exit(130)
+
+
+def _terminate(_signal: int, _frame: object) -> None:
+    from surgery.errors import Terminated
+
+    # A second one must not interrupt the cleaning up that the first has begun.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
 
 
 if __name__ == "__main__":

@@ -6,6 +6,10 @@ Every error here becomes one sentence on stderr and the exit code of its class.
 from __future__ import annotations
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which cleans up as an interruption from the keyboard does."""
+
+
 class SurgeryError(Exception):
     """A failure the user can act on: says what is wrong and what to do."""
 

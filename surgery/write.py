@@ -9,8 +9,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,9 +21,10 @@ from numpy.typing import NDArray
 
 from surgery import dtypes
 from surgery.checkpoint import Checkpoint, TensorEntry
-from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
+from surgery.errors import BadCheckpoint
 from surgery.fold import Edit
 from surgery.plan import FilePlan, Plan, check_output
+from surgery.staging import replacing
 
 # One step of copying. Small enough that hashing, which follows a step behind, finds the bytes in
 # cache; large enough that the system calls do not count.
@@ -299,70 +298,3 @@ def staging(output: Path, source: Path, *, overwrite: bool) -> Iterator[Path]:
     """A temporary sibling of a checkpoint that becomes `output` when the block ends well."""
     with replacing(output, lambda: check_output(source, output, overwrite=overwrite)) as folder:
         yield folder
-
-
-@contextmanager
-def replacing(output: Path, check: Callable[[], None]) -> Iterator[Path]:
-    """A temporary sibling of `output` that becomes `output` when the block ends well.
-
-    check: called just before, raises where `output` must not be created or replaced. On any error
-    the sibling is removed, parents made for it too, and `output` stays what it was.
-    """
-    made: list[Path] = []
-    folder: Path | None = None
-    try:
-        made += [parent for parent in output.parents if not parent.exists()]
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(
-            tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".part", dir=output.parent)
-        )
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)
-        yield folder
-        _sync_tree(folder)
-        check()
-        _rename(folder, output)
-    except BaseException as error:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # somebody else uses it by now
-                parent.rmdir()
-        if isinstance(error, OSError):
-            raise BadSettings(f"Writing {output} failed: {error.strerror or error}.") from error
-        raise
-
-
-def _rename(folder: Path, output: Path) -> None:
-    if not os.path.lexists(output):
-        os.rename(folder, output)
-    else:
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".old", dir=output.parent))
-        os.rename(output, old)
-        try:
-            os.rename(folder, output)
-        except OSError as error:
-            os.rename(old, output)
-            raise SurgeryError(f"{output} could not be replaced: {error.strerror}.") from error
-        shutil.rmtree(old)
-    _sync_folder(output.parent)
-
-
-def _sync_tree(folder: Path) -> None:
-    for root, _directories, files in os.walk(folder):
-        for name in files:
-            descriptor = os.open(Path(root) / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        _sync_folder(Path(root))
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

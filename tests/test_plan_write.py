@@ -596,7 +596,7 @@ def test_source_file_that_vanished(
         ("surgery.write._Patches.apply", KeyboardInterrupt(), KeyboardInterrupt),
         ("surgery.write._Hasher._hash", RuntimeError("bug"), RuntimeError),
         ("surgery.write._copy", OSError(errno.ENOSPC, "No space left on device"), BadSettings),
-        ("surgery.write._sync_tree", OSError(errno.EIO, "Input/output error"), BadSettings),
+        ("surgery.staging.sync_tree", OSError(errno.EIO, "Input/output error"), BadSettings),
         ("surgery.conversion.render_card", RuntimeError("bug"), RuntimeError),
         ("surgery.conversion.write_manifest", KeyboardInterrupt(), KeyboardInterrupt),
         ("surgery.conversion.verify_edits", MemoryError(), MemoryError),
@@ -643,6 +643,7 @@ def test_failure_leaves_the_earlier_output(
     output = tmp_path / "out"
     surgery.convert(str(tiny()), layer=3, check=False, output=output)
     before = snapshot(tmp_path)
+    monkeypatch.setattr("surgery.staging._exchange", lambda _one, _other: False)
     rename = os.rename
 
     def once_only(source: Any, target: Any) -> None:

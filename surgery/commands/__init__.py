@@ -9,16 +9,18 @@ from typing import Any
 
 import click
 
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, Terminated
 
 # name: (module, one line for `surgery --help`). The lines are repeated here so that the help
 # needs none of the modules.
 _COMMANDS = {
     "analyze": "Locate the Massive Emergence Layer of a model and say why.",
     "convert": "Fold the WeMask mask into a checkpoint and write it, verified.",
+    "finetune": "Train a LoRA under the mask, merge, fold and verify it.",
     "sweep": "Score many settings on one loaded model, and say which is best.",
     "verify": "Prove a converted checkpoint against its base.",
     "push": "Upload a converted checkpoint to the Hugging Face Hub.",
+    "families": "List the model families: what is possible in each, and how it was tested.",
     "inspect": "Show what was done to a converted checkpoint.",
     "compare": "Show what an edit gained and lost, on text and on tasks.",
     "card": "Render the model card of a converted checkpoint again.",
@@ -50,6 +52,9 @@ class _Lazy(click.Group):
             sentence = " ".join(str(error).split())  # a stranger's file may hold line breaks
             click.echo(f"Error: {printable(sentence)}", err=True)
             sys.exit(error.exit_code)
+        except Terminated:
+            click.echo("Terminated; nothing was left behind.", err=True)
+            sys.exit(143)
         except KeyboardInterrupt:
             click.echo("Interrupted; nothing was left behind.", err=True)
             sys.exit(130)
