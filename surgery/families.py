@@ -38,6 +38,11 @@ class Case:
     when: tuple[tuple[str, Any, Any], ...]
     change: Mapping[str, Any]
 
+    @property
+    def condition(self) -> str:
+        """The case in the words of a configuration."""
+        return ", ".join(f"{field} = {str(value).lower()}" for field, value, _ in self.when)
+
     def holds(self, config: Mapping[str, Any]) -> bool:
         """Whether a configuration is such a case."""
         return all(config.get(field, default) == value for field, value, default in self.when)
@@ -55,8 +60,8 @@ class Family:
     unit-offset norms, which multiply by 1 + w). has_gain: whether the norm has parameters at all.
     transposed: readers are Conv1D, stored [in, out]. shared_norm: who else reads the norm's
     output; empty when it feeds attention alone. refusal: why no fold is possible at all. cases:
-    the first that holds changes the row. real: trained checkpoints the row was tried on, beside
-    the tiny random models that every row is tested with.
+    the first that holds changes the row. lasts: whether a massive activation can stay in the
+    residual stream, so that there is an emergence to locate.
     """
 
     model_types: tuple[str, ...]
@@ -73,7 +78,7 @@ class Family:
     shared_norm: str = ""
     refusal: str = ""
     cases: tuple[Case, ...] = ()
-    real: str = ""
+    lasts: bool = True
 
     @property
     def all_mixers(self) -> tuple[Mixer, ...]:
@@ -144,7 +149,6 @@ FAMILIES: tuple[Family, ...] = (
             "qwen3_vl_text",
             "qwen3_vl_moe_text",
         ),
-        real="SmolLM2-135M-Instruct",
     ),
     Family(("apertus",), norm="attention_layernorm"),
     Family(("gemma", "gemma2", "gemma3_text", "vaultgemma"), **_UNIT_OFFSET),
@@ -290,6 +294,7 @@ FAMILIES: tuple[Family, ...] = (
         ("minimax",),
         mixers=(Mixer("self_attn", ("self_attn.qkv_proj", "self_attn.output_gate")),),
         shared_norm="the norm's output is the residual too",
+        lasts=False,
     ),
     Family(("lfm2", "lfm2_moe"), norm="operator_norm", hybrid=True),
     Family(("jamba", "bamba", "granitemoehybrid"), hybrid=True),
@@ -325,3 +330,84 @@ def family_of(config: Mapping[str, Any]) -> Family | None:
         return None
     case = next((case for case in family.cases if case.holds(config)), None)
     return replace(family, **case.change) if case is not None else family
+
+
+# --------------------------------------------------------------------------------------------
+# The table as `surgery families` shows it
+# --------------------------------------------------------------------------------------------
+
+# Models of several parts whose text decoder is one of the families, tried as whole checkpoints.
+MULTIMODAL: Mapping[str, str] = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "llama4": "llama4_text",
+    "llava": "llama",
+    "mistral3": "mistral",
+    "qwen2_5_vl": "qwen2_5_vl_text",
+    "qwen2_vl": "qwen2_vl_text",
+    "qwen3_5": "qwen3_5_text",
+    "qwen3_vl": "qwen3_vl_text",
+    "qwen3_vl_moe": "qwen3_vl_moe_text",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of decoder, what is possible in it, and how that was tested.
+
+    when: the case of its configuration, or "". norm: where it lies in a layer, and its kind.
+    readers: what reads it, by attention module. skipped: whether layers without attention are
+    passed over. folds: those that are legal. refusal: why the others, or all, are not.
+    select: the selections that are possible. located: whether a planted massive activation was
+    found at its layer. bit_equal: folds whose written checkpoint, loaded by transformers, gave the
+    logits of the hook to the bit. near: folds that did at the sink token, and came closer to the
+    paper's mask than masking every token does. inside: multimodal models it was tested in.
+    """
+
+    family: str
+    when: str
+    layers: str
+    norm: str
+    norm_kind: str
+    readers: tuple[tuple[str, ...], ...]
+    skipped: bool
+    folds: tuple[str, ...]
+    refusal: str
+    select: tuple[str, ...]
+    located: bool
+    bit_equal: tuple[str, ...]
+    near: tuple[str, ...]
+    inside: tuple[str, ...]
+
+
+def rows() -> tuple[Row, ...]:
+    """Every kind of decoder in the table, by name."""
+    found = []
+    for family in FAMILIES:
+        for name in family.model_types:
+            found.append(_row(name, "", family))
+            found += [
+                _row(name, case.condition, replace(family, **case.change)) for case in family.cases
+            ]
+    return tuple(sorted(found, key=lambda row: (row.family, row.when)))
+
+
+def _row(name: str, when: str, family: Family) -> Row:
+    folds = family.folds()
+    selections = ("weight", "activation", "random") if family.has_gain else ("activation", "random")
+    return Row(
+        family=name,
+        when=when,
+        layers=family.layers,
+        norm="" if family.refusal else family.norm,
+        norm_kind=family.norm_kind,
+        readers=() if family.refusal else tuple(mixer.readers for mixer in family.all_mixers),
+        skipped=family.hybrid,
+        folds=folds,
+        refusal=family.refusal or family.norm_refusal,
+        select=selections if folds else (),
+        located=bool(folds) and family.lasts,
+        bit_equal=tuple(fold for fold in folds if fold != "sink"),
+        near=tuple(fold for fold in folds if fold == "sink"),
+        inside=tuple(whole for whole, part in MULTIMODAL.items() if part == name and not when),
+    )

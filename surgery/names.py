@@ -80,6 +80,15 @@ class StoredNames:
             )
         return stored[0]
 
+    def sources(self, name: str) -> list[str]:
+        """The stored tensors that this parameter is made from, at least one.
+
+        Raises BadCheckpoint where there is none.
+        """
+        if name not in self._made_from:
+            raise BadCheckpoint(f"The checkpoint lacks {name}, which config.json implies.")
+        return self._made_from[name]
+
 
 def _renamed(checkpoint: Checkpoint, model: Any) -> Mapping[str, tuple[str, bool]]:
     """Per stored name: the parameter it becomes, and whether its values change on the way."""

@@ -23,6 +23,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import Unsupported
 from surgery.loading import auto_class, quiet, refuse_remote_code
 from surgery.locate import Emergence, agree, vote
+from surgery.names import StoredNames
 from surgery.observe import backbone, decoder_layers, hidden, pad, residual
 
 # Layers the sink must stay massive for before a stream stops. SmolLM2's early rise, which fades,
@@ -128,7 +129,7 @@ class LayerStream:
         self._dtype, self._device = dtype, device or torch.device("cpu")
         self._meter = _Meter(checkpoint)
         self._model = skeleton(checkpoint, dtype, trust_remote_code)
-        self._names = _stored_prefix(checkpoint, anatomy)
+        self._names = StoredNames(checkpoint, self._model)
 
     @property
     def bytes_read(self) -> int:
@@ -164,7 +165,7 @@ class LayerStream:
         embedding_path = next(
             name for name, module in self._model.named_modules() if module is embedding
         )
-        rows = self._rows(self._names(f"{embedding_path}.weight"), used)
+        rows = self._rows(f"{embedding_path}.weight", used)
         embedding.weight = torch.nn.Parameter(rows, requires_grad=False)
         embedding.padding_idx = None
         embedding.num_embeddings = len(used)
@@ -178,9 +179,8 @@ class LayerStream:
 
     def _rows(self, name: str, rows: list[int]) -> torch.Tensor:
         """Rows of a stored matrix, neighbours read together."""
-        entry = self._checkpoint.tensors.get(name)
-        if entry is None:
-            raise Unsupported(f"The checkpoint stores no {name}, so it cannot be streamed.")
+        name = self._names.of(name)
+        entry = self._checkpoint.tensors[name]
         width = entry.size // entry.shape[0]
         runs: list[list[int]] = []
         for row in rows:
@@ -208,11 +208,8 @@ class LayerStream:
             holder._parameters[leaf] = torch.nn.Parameter(values, requires_grad=False)
 
     def _stored(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        stored = self._names(name)
-        if stored in self._checkpoint.tensors:
-            values = self.tensor(stored)
-        else:
-            values = self._experts(stored)
+        sources = self._names.sources(name)
+        values = self.tensor(sources[0]) if len(sources) == 1 else self._experts(name, sources)
         if tuple(values.shape) != shape:
             raise Unsupported(
                 f"{name} has shape {list(shape)} in the model and {list(values.shape)} in the "
@@ -220,24 +217,20 @@ class LayerStream:
             )
         return values
 
-    def _experts(self, name: str) -> torch.Tensor:
+    def _experts(self, name: str, sources: list[str]) -> torch.Tensor:
         """Fused experts [experts, out, in] from the experts' own tensors in the checkpoint."""
-        for pattern, parts in _EXPERTS:
-            match = pattern.fullmatch(name)
-            if match is None:
-                continue
-            for template in parts:
-                first = [part.format(match["block"], 0) for part in template]
-                if all(part in self._checkpoint.tensors for part in first):
-                    return self._stack(match["block"], template)
-        raise Unsupported(f"The checkpoint stores no {name}, so it cannot be streamed.")
-
-    def _stack(self, block: str, template: tuple[str, ...]) -> torch.Tensor:
-        experts: list[torch.Tensor] = []
-        while template[0].format(block, len(experts)) in self._checkpoint.tensors:
-            parts = [self.tensor(part.format(block, len(experts))) for part in template]
-            experts.append(torch.cat(parts))
-        return torch.stack(experts)
+        parts: dict[int, dict[str, str]] = {}
+        for source in sources:
+            match = _EXPERT.fullmatch(source)
+            if match is None or match["part"] not in _PARTS:
+                raise Unsupported(f"{name} is computed from {source}, so it cannot be streamed.")
+            parts.setdefault(int(match["number"]), {})[match["part"]] = source
+        return torch.stack(
+            [
+                torch.cat([self.tensor(parts[number][part]) for part in _PARTS if part in own])
+                for number, own in sorted(parts.items())
+            ]
+        )
 
     def run(
         self,
@@ -252,19 +245,27 @@ class LayerStream:
         layers = decoder_layers(self._model, self._anatomy)
         with torch.inference_mode():
             groups = list(_groups(self.prepare(prompts)))
-            states, calls = [], []
+            states: list[torch.Tensor] = []
+            calls = []
             for group in groups:
                 recorded = self._calls(layers, [ids for _, ids in group])
                 states.append(recorded[0][0])
                 calls.append([(args, kwargs) for _, args, kwargs in recorded])
             del recorded
             norms: list[list[torch.Tensor]] = [[] for _ in prompts]
+            beside: list[Any] = [None] * len(calls)
             _keep(norms, groups, states)
             for index, layer in enumerate(layers):
                 self._fill(layer, f"{self._anatomy.layers_path}.{index}")
                 for number, call in enumerate(calls):
                     args, kwargs = call[index]
-                    states[number] = hidden(layer(states[number], *args, **kwargs))
+                    kwargs = {
+                        name: beside[number] if value is _BESIDE else value
+                        for name, value in kwargs.items()
+                    }
+                    output = layer(states[number], *args, **kwargs)
+                    states[number] = hidden(output)
+                    beside[number] = output[1] if _is_pair(output) else None
                 layer.to("meta")
                 _keep(norms, groups, states)
                 progress(1)
@@ -277,11 +278,17 @@ class LayerStream:
     ) -> list[tuple[torch.Tensor, tuple, dict]]:
         """What the backbone calls each layer with, found by letting it call stand-ins.
 
-        Some models' layers return their states alone, others (in transformers 4) in a tuple; what
-        is wrong for a model shows in the shape that the next layer gets.
+        Some models' layers return their states alone, others (in transformers 4) in a tuple, or
+        with something beside them that the next layer may get; what is wrong for a model shows in
+        the shape that the next layer gets.
         """
-        for in_tuple in (False, True):
-            calls = self._record(layers, prompts, in_tuple)
+        forms: tuple[Callable[[torch.Tensor], Any], ...] = (
+            lambda states: states,
+            lambda states: (states,),
+            lambda states: (states, _BESIDE),
+        )
+        for form in forms:
+            calls = self._record(layers, prompts, form)
             shapes = {tuple(states.shape) for states, _, _ in calls}
             if len(calls) == len(layers) and len(shapes) == 1:
                 return calls
@@ -291,14 +298,17 @@ class LayerStream:
         )
 
     def _record(
-        self, layers: list[torch.nn.Module], prompts: list[list[int]], in_tuple: bool
+        self,
+        layers: list[torch.nn.Module],
+        prompts: list[list[int]],
+        form: Callable[[torch.Tensor], Any],
     ) -> list[tuple[torch.Tensor, tuple, dict]]:
         ids, mask = pad(prompts)
         calls: list[tuple[torch.Tensor, tuple, dict]] = []
 
         def record(states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             calls.append((states, args, kwargs))
-            return (states,) if in_tuple else states
+            return form(states)
 
         for layer in layers:
             layer.forward = record
@@ -308,60 +318,30 @@ class LayerStream:
                 attention_mask=mask.to(self._device),
                 use_cache=False,
             )
-        except (IndexError, TypeError, AttributeError, RuntimeError):
-            if in_tuple:
-                raise
+        except (IndexError, TypeError, ValueError, AttributeError, RuntimeError):
+            pass  # the wrong form, or a part after the layers that is not there
         finally:
             for layer in layers:
                 del layer.forward
         return calls
 
 
+# Stands for what a layer returns beside its states.
+_BESIDE = object()
 _TORCH = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
     "BF16": "bfloat16",
 }
-# transformers 5 keeps a layer's experts in one tensor; checkpoints keep them one by one.
-_EXPERTS = (
-    (
-        re.compile(r"(?P<block>.*)\.experts\.gate_up_proj"),
-        (
-            ("{0}.experts.{1}.gate_proj.weight", "{0}.experts.{1}.up_proj.weight"),
-            ("{0}.experts.{1}.w1.weight", "{0}.experts.{1}.w3.weight"),
-        ),
-    ),
-    (
-        re.compile(r"(?P<block>.*)\.experts\.down_proj"),
-        (("{0}.experts.{1}.down_proj.weight",), ("{0}.experts.{1}.w2.weight",)),
-    ),
-)
+# transformers 5 keeps a layer's experts in one tensor; checkpoints keep them one by one, in which
+# the part that gates comes first.
+_EXPERT = re.compile(r".*\.experts\.(?P<number>\d+)\.(?P<part>\w+)\.weight")
+_PARTS = ("gate_proj", "w1", "up_proj", "w3", "down_proj", "w2")
 
 
-def _stored_prefix(checkpoint: Checkpoint, anatomy: Anatomy) -> Callable[[str], str]:
-    """Module names to the checkpoint's names, from one pair that the anatomy knows."""
-    found = next(found for found in anatomy.inputs if found is not None)
-    module, stored = f"{found.norm}.weight", found.gain
-    while module and stored and module[-1] == stored[-1]:
-        module, stored = module[:-1], stored[:-1]
-
-    def name(path: str) -> str:
-        renamed = stored + path[len(module) :] if path.startswith(module) else path
-        if renamed not in checkpoint.tensors:
-            mixtral = renamed.replace(".mlp.", ".block_sparse_moe.")
-            if mixtral in checkpoint.tensors or ".experts." in renamed:
-                return mixtral if _has_block(checkpoint, mixtral) else renamed
-        return renamed
-
-    return name
-
-
-def _has_block(checkpoint: Checkpoint, name: str) -> bool:
-    if name in checkpoint.tensors:
-        return True
-    block = name.partition(".experts.")[0]
-    return f"{block}.experts.0.w1.weight" in checkpoint.tensors
+def _is_pair(output: Any) -> bool:
+    return isinstance(output, tuple) and len(output) > 1
 
 
 def _groups(prompts: list[list[int]]) -> Iterator[list[tuple[int, list[int]]]]:

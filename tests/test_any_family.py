@@ -1,0 +1,229 @@
+"""Every family: planted, located, folded through plan and write, loaded by stock transformers.
+
+One test for each model of `more_models.CASES`, and one that holds `surgery families` to them: what
+that command says was tested is what is tested here, no less and no more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import more_models
+import pytest
+import torch
+from conftest import Run
+from more_models import CASES, DEPTH, HIDDEN, Case
+from safetensors import safe_open
+
+import surgery
+from surgery import families, stream, texts
+from surgery.analysis import examine
+from surgery.anatomy import Anatomy, effective_gain
+from surgery.calibrate import sink_directions
+from surgery.checkpoint import Checkpoint
+from surgery.errors import Unsupported
+from surgery.families import MULTIMODAL, family_of
+from surgery.fold import make_edits
+from surgery.loading import load_model, load_tokenizer
+from surgery.locate import agree
+from surgery.mask import Mask, attention_targets, largest
+from surgery.observe import layer_norms, pad, sink_magnitudes
+from surgery.plan import make_plan
+from surgery.reference import masked
+from surgery.verification import verify_edits, verify_structure, verify_untouched
+from surgery.write import copy_plan
+
+MASKED = HIDDEN // 4
+SUPPORTED = [name for name, case in CASES.items() if case.folds]
+REFUSED = [name for name, case in CASES.items() if not case.folds]
+
+
+def needs(case: Case) -> None:
+    if not case.exists:
+        pytest.skip(f"this release of transformers has no {case.whole or case.model_type}")
+
+
+def logits_of(model: Any, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        found = model(input_ids=ids, attention_mask=real, use_cache=False).logits
+    return found[real.bool()].float()
+
+
+def divergence(known: torch.Tensor, other: torch.Tensor) -> float:
+    """KL(known ‖ other) in nats per token."""
+    logs, others = known.double().log_softmax(-1), other.double().log_softmax(-1)
+    return float((logs.exp() * (logs - others)).sum(-1).mean())
+
+
+def beyond_the_depth(folder: Path) -> dict[str, torch.Tensor]:
+    """Copies of the last layer's tensors under the number of a layer that does not exist."""
+    copies = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                last = re.fullmatch(
+                    rf"(.*\b(?:layers|h|blocks)\.){DEPTH - 1}(\.(?!.*expert).*)", name
+                )
+                if last and "vis" not in name:
+                    copies[f"{last[1]}{DEPTH}{last[2]}"] = file.get_tensor(name) + 1
+    assert copies
+    return copies
+
+
+@contextmanager
+def reading(model: Any, readers: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """What linears give in the forward passes of the block."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _module, _args, result: seen.update({name: result.detach().double()})
+
+    handles = [model.get_submodule(name).register_forward_hook(note(name)) for name in readers]
+    yield seen
+    for handle in handles:
+        handle.remove()
+
+
+def choose(
+    model: Any, anatomy: Anatomy, checkpoint: Checkpoint, targets: Sequence[int], prompts: Any
+) -> Mask:
+    """By gain, or by activation where norms have none."""
+    if anatomy.at(targets[0]).gain:
+        scores = {at: effective_gain(anatomy, checkpoint, at) for at in targets}
+        return Mask(HIDDEN, "weight", 1.0, {at: largest(scores[at], MASKED) for at in targets})
+    with pytest.raises(Unsupported, match="use --select activation"):
+        effective_gain(anatomy, checkpoint, targets[0])
+    scores = sink_magnitudes(model, anatomy, targets, prompts)
+    return Mask(HIDDEN, "activation", 1.0, {at: largest(scores[at], MASKED) for at in targets})
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_supported(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    needs(case)
+    folder = more_models.save(case, tmp_path / "base")
+    more_models.add_ignored_tensors(
+        folder, {**beyond_the_depth(folder), "mtp.layers.0.weight": torch.ones(3)}
+    )
+    checkpoint = surgery.resolve(str(folder))
+
+    # The table says of it what running it says, and which folds are legal.
+    anatomy = examine(checkpoint)
+    assert anatomy.known_from == "table, confirmed by trace"
+    assert anatomy.model_type == case.model_type
+    legal = ("qkv", "sink") if anatomy.norm_refusal else ("norm", "qkv", "sink")
+    assert legal == case.folds
+    if "norm" not in legal:
+        with pytest.raises(Unsupported, match=rf"--fold norm is not possible.*{case.refused}"):
+            anatomy.require("norm")
+
+    # The massive activation is found where it was planted, loaded or streamed.
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    prompts = texts.encode(tokenizer, texts.bundled("calibration")[:3], 60)
+    norms = layer_norms(model, anatomy, prompts)
+    expected = case.layer if case.lasts else None
+    assert agree(norms).layer == expected
+    assert stream.stream_emergence(checkpoint, anatomy, prompts).emergence.layer == expected
+
+    # Zeroing folds in every later layer: to the bit what the hook does, and nothing else changed.
+    windows = texts.windows(tokenizer, texts.bundled("heldout"), 40, 120)
+    ids, real = pad([*windows, windows[0][:15]])
+    base = logits_of(model, ids, real)
+    everywhere = attention_targets(case.layer, anatomy.attends, "all")
+    mask = choose(model, anatomy, checkpoint, everywhere, prompts)
+    with masked(model, anatomy, mask, "all"):
+        hooked = logits_of(model, ids, real)
+    assert divergence(base, hooked) > 3e-4
+    for fold in legal[:-1]:
+        edits = make_edits(anatomy, mask, fold)
+        assert {edit.layer for edit in edits} == set(everywhere)
+        written = write(checkpoint, edits, tmp_path / fold)
+        assert torch.equal(logits_of(load_model(written), ids, real), hooked)
+
+    # The sink fold in the first later layer that attends: at the sink what the hook does.
+    first = attention_targets(case.layer, anatomy.attends, "first")
+    mask = replace(mask, dimensions={first[0]: mask.dimensions[first[0]]})
+    calibration = texts.windows(tokenizer, texts.bundled("calibration"), 128, 2500)
+    sinks, leaks = sink_directions(model, anatomy, checkpoint, mask, calibration)
+    edits = make_edits(anatomy, mask, "sink", sinks)
+    folded = load_model(write(checkpoint, edits, tmp_path / "sink"))
+    readers = anatomy.at(first[0]).readers
+    with masked(model, anatomy, mask), reading(model, readers) as by_hook:
+        paper = logits_of(model, ids, real)
+    with reading(model, readers) as unmasked:
+        logits_of(model, ids, real)
+    with reading(folded, readers) as by_fold:
+        sink = logits_of(folded, ids, real)
+    for reader in readers:
+        change = (unmasked[reader] - by_hook[reader])[:, 0].norm(dim=-1).max()
+        assert change > 0
+        distance = (by_fold[reader] - by_hook[reader]).norm(dim=-1)
+        assert distance[:, 0].max() < 1e-3 * change
+        ordinary = distance[:, 1:][real[:, 1:].bool()].square().mean().sqrt()
+        assert ordinary < 3 * leaks[first[0]].ordinary_rms * change < 0.5 * change
+    every = load_model(write(checkpoint, make_edits(anatomy, mask, "qkv"), tmp_path / "every"))
+    assert divergence(paper, sink) < divergence(paper, logits_of(every, ids, real))
+
+
+def write(checkpoint: Checkpoint, edits: Any, folder: Path) -> Path:
+    """Through plan and write, proved to have changed what was planned and no other byte."""
+    folder.mkdir()
+    copy_plan(make_plan(checkpoint, edits, folder.with_name(f"{folder.name}-final")), folder)
+    for check in (
+        verify_structure(checkpoint, folder),
+        verify_edits(checkpoint, folder, edits),
+        verify_untouched(checkpoint, folder, edits),
+    ):
+        assert check.passed, check.detail
+    return folder
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a sentence, and without the table too."""
+    case = CASES[name]
+    needs(case)
+    folder = more_models.save(case, tmp_path / "base")
+    with pytest.raises(
+        Unsupported, match=rf"^{case.model_type} cannot be converted.*{case.refused}"
+    ):
+        surgery.convert(str(folder), layer=2, fold="qkv", output=tmp_path / "out")
+    monkeypatch.delitem(families._BY_TYPE, case.model_type)
+    with pytest.raises(Unsupported):
+        examine(surgery.resolve(str(folder)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_list_is_what_is_tested(run: Run) -> None:
+    """`surgery families --json` claims what `test_supported` and `test_refused` show."""
+    listed = {
+        (row["family"], row["when"]): row for row in run("families", "--json").json()["families"]
+    }
+    tested: dict[tuple[str, str], list[Case]] = {}
+    for case in CASES.values():
+        tested.setdefault((case.model_type, condition(case)), []).append(case)
+    assert set(listed) == set(tested)
+    for key, row in listed.items():
+        cases = tested[key]
+        for case in cases:
+            assert tuple(row["folds"]) == case.folds
+            assert tuple(row["bit_equal"]) == case.folds[:-1]
+            assert tuple(row["near"]) == case.folds[-1:]
+            assert row["located"] == (bool(case.folds) and case.lasts)
+            assert bool(row["refusal"]) == (case.folds != ("norm", "qkv", "sink"))
+            assert re.search(case.refused, row["refusal"])
+        assert set(row["inside"]) == {case.whole for case in cases if case.whole}
+    assert set(MULTIMODAL) == {case.whole for case in CASES.values() if case.whole}
+
+
+def condition(case: Case) -> str:
+    """Which row of its family a case belongs to."""
+    fields = {"model_type": case.model_type, **case.fields}
+    family = next(one for one in families.FAMILIES if case.model_type in one.model_types)
+    assert family_of(fields) is not None
+    return next((one.condition for one in family.cases if one.holds(fields)), "")
