@@ -11,6 +11,7 @@ from surgery.manifest import Manifest
 from surgery.plan import UNDO
 from surgery.resources import resource_folder
 from surgery.results import card_words, model_index
+from surgery.training_record import training_words
 
 # Metadata that describes the base and stays true of an edited copy.
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets", "inference")
@@ -86,6 +87,7 @@ def card_metadata(manifest: Manifest, base: Mapping[str, Any]) -> dict[str, Any]
 
     The base's `model-index` is left out: its scores were not measured on this checkpoint.
     """
+    adapter = manifest.settings.get("form") == "adapter"
     found: dict[str, Any] = {key: base[key] for key in _INHERITED if key in base}
     if manifest.base.kind == "hub" or "/" in manifest.base.name:
         found["base_model"] = manifest.base.name
@@ -95,8 +97,8 @@ def card_metadata(manifest: Manifest, base: Mapping[str, Any]) -> dict[str, Any]
     elif isinstance(base.get("base_model"), str):
         found["base_model"] = base["base_model"]
     if "base_model" in found:
-        found["base_model_relation"] = "finetune"
-    found["library_name"] = "transformers"
+        found["base_model_relation"] = "adapter" if adapter else "finetune"
+    found["library_name"] = "peft" if adapter else "transformers"
     found["pipeline_tag"] = "text-generation"
     inherited = base.get("tags")
     tags = [str(tag) for tag in inherited] if isinstance(inherited, list) else []
@@ -130,6 +132,8 @@ def command_line(settings: Mapping[str, Any]) -> str:
         words += ["--layers", ",".join(str(layer) for layer in settings["layers"])]
     if not settings.get("check", True):
         words.append("--no-check")
+    if settings.get("form", "checkpoint") != "checkpoint":
+        words += ["--as", str(settings["form"])]
     if settings.get("undo_file"):
         words.append("--undo-file")
     if settings.get("force"):
@@ -147,7 +151,9 @@ def render_card(manifest: Manifest, base: Mapping[str, Any], *, figure: bool) ->
     import yaml
     from jinja2.sandbox import SandboxedEnvironment
 
-    template = (resource_folder("hub_cards") / "model_card.md.jinja").read_text(encoding="utf-8")
+    form = manifest.settings.get("form", "checkpoint")
+    name = "adapter_card.md.jinja" if form == "adapter" else "model_card.md.jinja"
+    template = (resource_folder("hub_cards") / name).read_text(encoding="utf-8")
     environment = SandboxedEnvironment(
         autoescape=False, keep_trailing_newline=True, trim_blocks=True
     )
@@ -179,6 +185,7 @@ def _words(manifest: Manifest, figure: bool) -> dict[str, Any]:
         "target_words": _target_words(targets),
         "k": k,
         "hidden_size": manifest.hidden_size,
+        "strength": f"{manifest.strength:g}",
         "rate_words": f"rate {settings['rate']:g}",
         "select_words": _SELECT_WORDS[settings["select"]],
         "strength_words": _strength_words(settings["fold"], manifest.strength),
@@ -186,6 +193,7 @@ def _words(manifest: Manifest, figure: bool) -> dict[str, Any]:
             measured=" The table below says by how much on this model." if manifest.quality else ""
         ),
         "edited_words": _edited_words(len(manifest.edits)),
+        "training": training_words(manifest.training) if manifest.training else "",
         "quality": _quality_words(manifest.quality),
         "dtype": settings.get("dtype", "float32"),
         "forced": bool((manifest.quality or {}).get("forced")),
@@ -197,6 +205,7 @@ def _words(manifest: Manifest, figure: bool) -> dict[str, Any]:
         "load_name": settings.get("push_to_hub") or f"path/to/{name}",
         "command": command_line(settings),
         "undo_words": _undo_words(manifest),
+        "recipe": (manifest.training or {}).get("recipe", {}).get("name"),
         "base_citation": on_hub,
     }
 

@@ -30,6 +30,7 @@ from surgery.mask import Mask, attention_targets, mask_size
 from surgery.plan import CARD, FIGURE, UNDO, Plan, check_output, make_plan
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
+from surgery.staging import remove_stale
 from surgery.subject import Subject, calibration_windows, heldout_windows
 from surgery.undo import replaced_files, write_undo
 from surgery.verification import (
@@ -136,7 +137,9 @@ def convert(
         settings = replace(settings, model=spoken_as[0], revision=spoken_as[1])
         checkpoint = replace(checkpoint, origin=spoken_as[2])
     target = Path(output) if output is not None else default_output(checkpoint, settings)
-    check_output(checkpoint.folder, target, overwrite=overwrite)
+    form = "gguf" if target.suffix == ".gguf" and settings.form == "checkpoint" else settings.form
+    if form == "checkpoint":
+        check_output(checkpoint.folder, target, overwrite=overwrite)
     mask_size(settings.rate, width_of(checkpoint.config))
     _check_given_layers(settings, depth_of(checkpoint.config))
     anatomy = examine(
@@ -154,7 +157,14 @@ def convert(
     if settings.fold == "sink":
         sinks, leaks = calibrate_sinks(subject, anatomy, mask, settings, reporter)
     edits = make_edits(anatomy, mask, settings.fold, sinks)
-    plan = make_plan(checkpoint, edits, target, overwrite=overwrite)
+    if form == "checkpoint":
+        if not dry_run:
+            remove_stale(target)  # before the plan looks at the free space
+        plan = make_plan(checkpoint, edits, target, overwrite=overwrite)
+    else:
+        from surgery.products import plan_product
+
+        plan = plan_product(form, checkpoint, anatomy, mask, edits, target, overwrite=overwrite)
     reporter.show(plan)
     if dry_run:
         return Conversion(plan.output, plan, mask, emergence, None, None, None)
@@ -174,7 +184,7 @@ def convert(
         settings=_recorded(settings),
         strength=mask.strength,
         dimensions={layer: list(mask.dimensions[layer]) for layer in mask.layers},
-        edits=records(checkpoint, edits),
+        edits=records(plan.checkpoint, plan.edits),
         sinks=sink_records(sinks, leaks) if sinks else {},
         files=[],
         versions=versions(),
@@ -183,9 +193,16 @@ def convert(
         emergence=clean_numbers(emergence.as_dict()) if emergence else None,
         quality=clean_numbers(quality_record),
     )
-    verification, manifest = _write(
-        plan, manifest, subject, anatomy, mask, emergence, settings, reporter
-    )
+    if form == "checkpoint":
+        verification, manifest = _write(
+            plan, manifest, subject, anatomy, mask, emergence, settings, reporter
+        )
+    else:
+        from surgery.products import write_product
+
+        verification, manifest = write_product(
+            plan, manifest, subject, anatomy, mask, settings, reporter
+        )
     return Conversion(plan.output, plan, mask, emergence, quality, verification, manifest)
 
 
@@ -199,6 +216,10 @@ def default_output(checkpoint: Checkpoint, settings: Settings) -> Path:
     if settings.strength != 1.0:
         parts.append(f"strength{settings.strength:g}")
     name = checkpoint.origin.name.rsplit("/", 1)[-1]
+    if settings.form == "gguf-adapter":  # by GGUF's naming convention
+        return Path(f"{name}-WeMask-v1.0-F32-LoRA.gguf")
+    if settings.form == "adapter":
+        parts.append("adapter")
     return Path(f"{name}-wemask-{'-'.join(parts)}")
 
 
@@ -320,16 +341,25 @@ def _write(
         generated = [CARD, *([FIGURE] if figure else [])]
         if settings.undo_file and write_undo(folder / UNDO, checkpoint, plan.edits):
             generated.append(UNDO)
-        files += [_hashed(folder, name) for name in generated]
+        files += [hashed(folder, name) for name in generated]
         manifest = replace(manifest, files=files)
         write_manifest(manifest, folder)
         reporter.show(verification)
     return verification, manifest
 
 
-def _hashed(folder: Path, name: str) -> FileRecord:
+def hashed(folder: Path, name: str) -> FileRecord:
+    """A file as the manifest records it."""
     raw = (folder / name).read_bytes()
     return FileRecord(name, len(raw), hashlib.sha256(raw).hexdigest())
+
+
+def verification_batch(subject: Subject) -> tuple[Any, Any]:
+    """Token ids [B, T] of several sequences, so that padding counts, and which are real, bool."""
+    from surgery.observe import pad
+
+    ids, real = pad(heldout_windows(subject, VERIFY_TOKENS, VERIFY_TOKENS // 2))
+    return ids, real.bool()
 
 
 def behaviour(
@@ -343,19 +373,17 @@ def behaviour(
     """The written checkpoint, loaded by stock transformers, against the base under hooks."""
     import torch
 
-    from surgery.observe import pad
     from surgery.reference import masked
 
     device = subject.device
-    # Several sequences, so that padding takes part.
-    ids, real = pad(heldout_windows(subject, VERIFY_TOKENS, VERIFY_TOKENS // 2))
+    ids, real = verification_batch(subject)
     model = subject.model
 
     def run() -> Any:
         with torch.inference_mode():
             return model(
-                input_ids=ids.to(device), attention_mask=real.to(device), use_cache=False
-            ).logits[real.bool().to(device)]
+                input_ids=ids.to(device), attention_mask=real.long().to(device), use_cache=False
+            ).logits[real.to(device)]
 
     base_logits = run()
     with masked(model, anatomy, mask, "first" if settings.fold == "sink" else "all"):
@@ -369,7 +397,7 @@ def behaviour(
         reference_logits,
         folder,
         ids,
-        real.bool(),
+        real,
         fold=settings.fold,
         exact=exact,
         inexact_because="scaled weights are rounded to the stored format",

@@ -62,7 +62,9 @@ class Manifest:
     settings: the arguments of `convert`. dimensions: S by target layer. replaced: files of the base
     in whose place generated ones came, as `undo.pack_file` packs them. emergence, quality and
     verification are what was measured, None where it was skipped; results are those of `compare`,
-    None until `card --results` puts them there.
+    None until `card --results` puts them there. container: what a container other than a folder of
+    safetensors needs for being undone. training: how the weights were trained, None for an edit of
+    the base alone.
     """
 
     tool: str
@@ -84,6 +86,8 @@ class Manifest:
     quality: dict[str, Any] | None = None
     verification: dict[str, Any] | None = None
     results: dict[str, Any] | None = None
+    container: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
     schema_version: int = SCHEMA
 
     def rebuilt_edits(self) -> tuple[Edit, ...]:
@@ -162,25 +166,34 @@ def versions() -> dict[str, str]:
     return found
 
 
+def manifest_text(manifest: Manifest) -> str:
+    """A manifest as JSON."""
+    return json.dumps(asdict(manifest), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write surgery.json into a folder, replacing an earlier one in one step."""
-    text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = folder / f".{MANIFEST}.part"
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(manifest_text(manifest), encoding="utf-8")
     os.replace(temporary, folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in a folder; BadCheckpoint when there is none or it makes no sense."""
-    from pydantic import TypeAdapter, ValidationError
-
     path = folder / MANIFEST
     if not path.is_file():
         raise BadCheckpoint(f"{folder} has no {MANIFEST}, so surgery did not write it.")
-    raw = read_json(path)
-    if raw.get("schema_version") != SCHEMA:
+    return parse_manifest(read_json(path), str(path))
+
+
+def parse_manifest(raw: dict[str, Any], path: str) -> Manifest:
+    """The manifest in a JSON object; BadCheckpoint, naming `path`, when it makes no sense."""
+    from pydantic import TypeAdapter, ValidationError
+
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA:
         raise BadCheckpoint(
-            f"{path} has schema version {raw.get('schema_version')!r}; this program reads {SCHEMA}."
+            f"{path} has schema version {version!r}; this program reads {SCHEMA}."
         )
     try:
         # As JSON and strictly, or a number could come as text and fail where it is used.
@@ -234,6 +247,20 @@ class _Verification:
     checks: list[_Check]
 
 
+@dataclass(frozen=True)
+class _Training:
+    recipe: dict[str, Any]
+    steps: int
+    rows: int
+    processes: int
+    trainable: int
+    changed: list[str]
+    versions: dict[str, str]
+    first_loss: float | None = None
+    last_loss: float | None = None
+    held_out_loss: float | None = None
+
+
 def _check(manifest: Manifest) -> None:
     """Raise ValueError or SurgeryError for what the commands that read a manifest stumble over."""
     from pydantic import TypeAdapter
@@ -254,6 +281,8 @@ def _check(manifest: Manifest) -> None:
         from surgery.results import check_results
 
         check_results(manifest.results)
+    if manifest.training is not None:
+        shaped(_Training, manifest.training)
     check_strength(manifest.strength)
     if not manifest.dimensions:
         raise ValueError("it names no layer")

@@ -17,9 +17,10 @@ from surgery.fold import Edit
 MANIFEST = "surgery.json"
 CARD = "README.md"
 FIGURE = "surgery_layers.png"
+LOSS_FIGURE = "surgery_loss.png"
 # In a folder of its own, where no runtime looks that loads every *.safetensors of a checkpoint.
 UNDO = "undo/surgery_undo.safetensors"
-GENERATED = (CARD, MANIFEST, FIGURE, UNDO)
+GENERATED = (CARD, MANIFEST, FIGURE, LOSS_FIGURE, UNDO)
 # Room for the card, the manifest and the figure.
 _MARGIN = 8 * 1024 * 1024
 
@@ -39,13 +40,18 @@ class FilePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `surgery.write` will do."""
+    """Everything that will be written.
+
+    form: "checkpoint", "gguf", "adapter" or "gguf-adapter"; the edits of an adapter are those that it
+    stands for, and its base stays as it is.
+    """
 
     checkpoint: Checkpoint
     output: Path
     files: tuple[FilePlan, ...]
     edits: tuple[Edit, ...]
     overwrite: bool
+    form: str = "checkpoint"
 
     @property
     def bytes_written(self) -> int:
@@ -59,6 +65,8 @@ class Plan:
     @property
     def bytes_edited(self) -> int:
         """Bytes of the tensors that change."""
+        if self.form.endswith("adapter"):
+            return 0
         return sum(self.checkpoint.tensors[edit.tensor].size for edit in self.edits)
 
     def summary(self) -> dict[str, Any]:
@@ -109,7 +117,7 @@ def make_plan(
     )
     plan = Plan(checkpoint, Path(os.path.abspath(output)), files, edits, overwrite)
     check_output(plan.checkpoint.folder, plan.output, overwrite=overwrite)
-    _check_space(plan)
+    check_space(plan)
     return plan
 
 
@@ -165,6 +173,11 @@ def check_output(source: Path, output: Path, *, overwrite: bool) -> None:
                 f"{output} holds files that surgery did not write (no {MANIFEST}), so it will not "
                 "be overwritten; remove it yourself or choose another --output."
             )
+    check_parent(output)
+
+
+def check_parent(output: Path) -> None:
+    """Raise BadSettings unless something can be created at a path."""
     parent = existing_parent(output)
     if not parent.is_dir():
         raise BadSettings(f"{parent} is not a directory; choose another --output.")
@@ -180,7 +193,8 @@ def existing_parent(path: Path) -> Path:
     return parent
 
 
-def _check_space(plan: Plan) -> None:
+def check_space(plan: Plan) -> None:
+    """Raise BadSettings where the disk is too small for a plan."""
     free = shutil.disk_usage(existing_parent(plan.output)).free
     if free < plan.bytes_needed:
         raise BadSettings(

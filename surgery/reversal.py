@@ -16,8 +16,8 @@ from surgery.manifest import FileRecord, Manifest, read_manifest
 from surgery.plan import GENERATED, UNDO, existing_parent
 from surgery.settings import SILENT, Reporter
 from surgery.source import file_sha256
+from surgery.staging import replacing
 from surgery.undo import UndoFile, needs_file, unpack_file
-from surgery.write import replacing
 
 Original = Callable[[Edit, TensorEntry, bytes], bytes]
 
@@ -61,6 +61,8 @@ def revert(
         raise BadSettings(
             f"{path} is an adapter, which changes no byte of its base; there is nothing to undo."
         )
+    if manifest.training is not None:
+        raise BadSettings(f"{path} was trained, which cannot be undone; take its base instead.")
     check_free(target)
     converted = open_checkpoint(path, Origin("directory", path.name, str(path)))
     source, original = _originals(path, manifest, base, reporter)

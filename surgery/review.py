@@ -14,6 +14,7 @@ from surgery.card import front_matter, render_card
 from surgery.checkpoint import Checkpoint
 from surgery.conversion import behaviour, convert
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
+from surgery.gguf_conversion import read_embedded
 from surgery.manifest import FileRecord, Manifest, read_manifest, write_manifest
 from surgery.mask import Mask
 from surgery.plan import CARD, FIGURE, edits_by_file
@@ -85,9 +86,26 @@ def verify(
     no base.
     """
     path = Path(folder)
+    if path.is_file():
+        from surgery.products import verify_gguf
+
+        settings = settings_of(read_embedded(path)[0], device=device)
+        return verify_gguf(path, settings, reporter)
     manifest = read_manifest(path)
     checkpoint = base_of(manifest, base, reporter)
     settings = settings_of(manifest, device=device, trust_remote_code=trust_remote_code)
+    if settings.form == "adapter":
+        from surgery.products import verify_adapter
+
+        anatomy = examine(checkpoint, trust_remote_code=trust_remote_code)
+        files = verify_files(path, manifest.files)
+        checks = verify_adapter(path, manifest, checkpoint, anatomy, settings, reporter)
+        return Verification((files, *checks))
+    if manifest.training is not None:
+        from surgery.trained import verify_trained
+
+        anatomy = examine(checkpoint, trust_remote_code=trust_remote_code)
+        return verify_trained(path, manifest, checkpoint, anatomy)
     edits = manifest.rebuilt_edits()
     reporter.say("Comparing bytes")
     checks = [verify_files(path, manifest.files), verify_structure(checkpoint, path)]
@@ -153,6 +171,8 @@ def reproduce(
     """
     path = Path(folder).resolve()
     manifest = read_manifest(path)
+    if manifest.training is not None:
+        raise BadSettings(f"{path} was trained; run its recipe again with surgery finetune instead.")
     if manifest.settings.get("trust_remote_code") and not trust_remote_code:
         raise BadSettings(
             f"{path} was made with --trust-remote-code, which runs the base model's own Python "

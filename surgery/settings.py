@@ -12,6 +12,8 @@ from surgery.errors import BadSettings
 from surgery.loading import DTYPES
 from surgery.mask import SCOPES, SELECTIONS, check_rate, check_strength
 
+FORMS = ("checkpoint", "adapter", "gguf-adapter")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -38,6 +40,7 @@ class Settings:
     trust_remote_code: bool = False
     push_to_hub: str | None = None
     undo_file: bool = False
+    form: str = "checkpoint"
 
     def __post_init__(self) -> None:
         """Raise BadSettings for values that make no sense whatever the model is."""
@@ -49,6 +52,12 @@ class Settings:
         ):
             if value not in allowed:
                 raise BadSettings(f"--{name} must be one of {', '.join(allowed)}; not {value!r}.")
+        if self.form not in FORMS:
+            raise BadSettings(f"--as must be one of {', '.join(FORMS)}; not {self.form!r}.")
+        if self.form != "checkpoint" and self.fold != "sink":
+            raise BadSettings(
+                f"--as {self.form} needs --fold sink: the other folds are no low-rank updates."
+            )
         check_strength(self.strength)
         check_rate(self.rate)
         if self.seed < 0:

@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from surgery.checkpoint import (
     read_json,
 )
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
+from surgery.gguf_file import merge, shards_of
+from surgery.staging import sync_tree, temporary_sibling
 
 # Part of the name under which a converted source is kept: raised when the conversion changes.
 READER = 2
@@ -274,30 +276,40 @@ def _pickles(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def gguf_source(origin: Origin) -> Path:
+    """The .gguf file (or first shard) behind a source; BadSettings where there is none."""
+    if origin.kind != "gguf":
+        raise BadSettings(
+            f"{origin.typed} is no .gguf file, so no .gguf can be written from it; give a folder as "
+            "--output, and convert that with llama.cpp's convert_hf_to_gguf.py."
+        )
+    return _demo_file() if origin.typed == DEMO else shards_of(Path(origin.typed).expanduser())[0]
+
+
 def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
     """A .gguf file or a folder of pickles as safetensors, converted once and kept."""
-    files = [path] if path.is_file() else _pickles(path)
-    digest = file_sha256(path) if path.is_file() else _digest([*files, *_beside_pickles(path)])
+    files = shards_of(path) if path.is_file() else _pickles(path)
+    if path.is_file():
+        digest = file_sha256(path) if len(files) == 1 else _digest(files)
+    else:
+        digest = _digest([*files, *_beside_pickles(path)])
     origin = Origin(origin.kind, origin.name, origin.typed, sha256=digest, note=origin.note)
     target = cache_folder() / f"{origin.kind}-{READER}-{digest[:32]}"
     if not target.is_dir():
         say(f"Reading {path.name} into safetensors (kept in {target})")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=".part-", dir=target.parent))
+            with temporary_sibling(target) as temporary:
+                if path.is_file():
+                    gguf_to_safetensors(files, temporary)
+                else:
+                    _pickles_to_safetensors(path, files, temporary)
+                sync_tree(temporary)
+                _publish(temporary, target)
         except OSError as error:
             raise BadSettings(
-                f"{target.parent} is not writable ({error.strerror}); set SURGERY_CACHE to a "
-                "folder that is."
+                f"{target.parent} is not writable ({error.strerror or error}); set SURGERY_CACHE "
+                "to a folder that is."
             ) from error
-        try:
-            if path.is_file():
-                _gguf_to_safetensors(path, temporary)
-            else:
-                _pickles_to_safetensors(path, files, temporary)
-            _publish(temporary, target)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     return open_checkpoint(target, origin)
 
 
@@ -309,7 +321,18 @@ def _publish(temporary: Path, target: Path) -> None:
             raise
 
 
-def _gguf_to_safetensors(path: Path, folder: Path) -> None:
+def gguf_to_safetensors(files: Sequence[Path], folder: Path) -> None:
+    """A GGUF model (all its shards) as float32 safetensors in a folder."""
+    if len(files) == 1:
+        _read_gguf(files[0], folder)
+        return
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=folder.parent) as temporary:
+        merged = Path(temporary) / files[0].name
+        merge(files, merged)
+        _read_gguf(merged, folder)
+
+
+def _read_gguf(path: Path, folder: Path) -> None:
     for package in ("gguf", "sentencepiece", "accelerate"):
         if find_spec(package) is None:
             raise BadCheckpoint(

@@ -50,7 +50,7 @@ class Verification:
         return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
 
 
-def _check(name: str, test: Callable[[], str]) -> Check:
+def checked(name: str, test: Callable[[], str]) -> Check:
     """Run a test that returns a detail, or raises SurgeryError with what is wrong."""
     try:
         return Check(name, True, test())
@@ -71,7 +71,7 @@ def verify_structure(base: Checkpoint, folder: Path) -> Check:
                 raise BadCheckpoint(f"{name} has another dtype, shape or place than in the base")
         return f"{len(base.tensors)} tensors in {len(base.weight_files)} file(s)"
 
-    return _check("names, shapes, dtypes and index are the base's", test)
+    return checked("names, shapes, dtypes and index are the base's", test)
 
 
 def verify_edits(base: Checkpoint, folder: Path, edits: Sequence[Edit]) -> Check:
@@ -89,7 +89,7 @@ def verify_edits(base: Checkpoint, folder: Path, edits: Sequence[Edit]) -> Check
                         raise BadCheckpoint(f"{edit.tensor} is not what the edit gives")
         return f"{len(edits)} tensors recomputed"
 
-    return _check("every edited tensor equals the edit recomputed from the base", test)
+    return checked("every edited tensor equals the edit recomputed from the base", test)
 
 
 def verify_untouched(base: Checkpoint, folder: Path, edits: Sequence[Edit]) -> Check:
@@ -117,7 +117,7 @@ def verify_untouched(base: Checkpoint, folder: Path, edits: Sequence[Edit]) -> C
             raise BadCheckpoint(f"the output has a file the base has not: {strange[0]}")
         return f"{compared / 1e6:.1f} MB compared"
 
-    return _check("every other tensor and side file is byte-identical to the base", test)
+    return checked("every other tensor and side file is byte-identical to the base", test)
 
 
 def _compare_files(source: Path, written: Path, skip: list[tuple[int, int]]) -> int:
@@ -158,7 +158,7 @@ def verify_files(folder: Path, files: Sequence[FileRecord]) -> Check:
                 raise BadCheckpoint(f"{record.name} has another sha256 than the manifest says")
         return f"{len(files)} files"
 
-    return _check("every file has the manifest's sha256", test)
+    return checked("every file has the manifest's sha256", test)
 
 
 def verify_originals(base: Checkpoint, originals: Mapping[str, bytes]) -> Check:
@@ -170,7 +170,7 @@ def verify_originals(base: Checkpoint, originals: Mapping[str, bytes]) -> Check:
                 raise BadCheckpoint(f"the original values of {name} are not the base's")
         return f"{len(originals)} tensors"
 
-    return _check("original values kept for undoing are the base's", test)
+    return checked("original values kept for undoing are the base's", test)
 
 
 def verify_behaviour(
@@ -207,13 +207,13 @@ def verify_behaviour(
     finite = bool(torch.isfinite(logits).all())
     checks.append(Check("logits are finite", finite, f"{logits.shape[0]} tokens"))
     if fold == "sink":
-        divergence = _kl(reference_logits, logits)
+        distance = divergence(reference_logits, logits)
         checks.append(
             Check(
                 "logits against the paper's mask (hook on the first token)",
-                bool(np.isfinite(divergence)),
-                f"KL(reference ‖ this) {divergence:.2e} nats per token; "
-                f"KL(reference ‖ base) {_kl(reference_logits, base_logits):.2e}",
+                bool(np.isfinite(distance)),
+                f"KL(reference ‖ this) {distance:.2e} nats per token; "
+                f"KL(reference ‖ base) {divergence(reference_logits, base_logits):.2e}",
             )
         )
         return checks
@@ -235,6 +235,7 @@ def verify_behaviour(
     return checks
 
 
-def _kl(known: Any, other: Any) -> float:
+def divergence(known: Any, other: Any) -> float:
+    """KL(known ‖ other) in nats per token, of logits [tokens, vocabulary]."""
     logs, others = known.float().log_softmax(-1), other.float().log_softmax(-1)
     return float((logs.exp() * (logs - others)).sum(-1).double().mean())

@@ -44,10 +44,18 @@ from surgery.commands.options import analysis_options, output_options, parse_lay
     "--layers", callback=parse_layers, metavar="LIST", help="Target layers, such as 7 or 7,9-11."
 )
 @click.option(
+    "--as",
+    "form",
+    type=click.Choice(["checkpoint", "adapter", "gguf-adapter"]),
+    default="checkpoint",
+    show_default=True,
+    help="With --fold sink: a PEFT or llama.cpp LoRA of rank 1 for the untouched base.",
+)
+@click.option(
     "--output",
     "-o",
     type=click.Path(path_type=Path),
-    help="Folder to write.  [default: ./<name>-wemask-<settings>]",
+    help="Folder to write, or .gguf file if MODEL is one.  [default: ./<name>-wemask-<settings>]",
 )
 @analysis_options
 @click.option("--seed", type=int, default=0, show_default=True, help="For --select random.")

