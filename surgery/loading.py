@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,32 @@ def quiet() -> Iterator[None]:
             library.enable_progress_bar()
 
 
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made in this block have real buffers (small) and parameters without memory."""
+    import torch
+
+    register = torch.nn.Module.register_parameter
+
+    def without_memory(module: torch.nn.Module, name: str, parameter: Any) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            kept = module._parameters[name]
+            assert kept is not None
+            module._parameters[name] = torch.nn.Parameter(kept.to("meta"), requires_grad=False)
+
+    try:  # transformers 4 would give some parameters their values
+        from transformers.modeling_utils import no_init_weights
+    except ImportError:
+        no_init_weights = nullcontext
+    torch.nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
+    try:
+        with no_init_weights():
+            yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
 def load_model(
     folder: Path,
     *,
@@ -98,10 +124,18 @@ def auto_class(config: Any) -> Any:
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    causal = type(config) in AutoModelForCausalLM._model_mapping
+    causal = _made_from(AutoModelForCausalLM, config)
     if not causal and type(config) in AutoModelForImageTextToText._model_mapping:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
+
+
+def _made_from(auto: Any, config: Any) -> bool:
+    """Whether a class makes models from this configuration, rather than from a part of it."""
+    mapping = auto._model_mapping
+    if type(config) not in mapping:
+        return False
+    return getattr(mapping[type(config)], "config_class", None) in (None, type(config))
 
 
 def refuse_remote_code(folder: Path, trusted: bool) -> None:

@@ -95,7 +95,10 @@ def wemask(
 def _takes_keywords(module: Any) -> bool:
     """Whether a module's forward takes any keyword."""
     parameters = inspect.signature(module.forward).parameters.values()
-    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return any(
+        parameter.kind is parameter.VAR_KEYWORD and parameter.name != "deprecated_arguments"
+        for parameter in parameters
+    )
 
 
 def first_real_token(args: tuple, kwargs: dict) -> torch.Tensor:

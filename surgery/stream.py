@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint
 from surgery.errors import Unsupported
-from surgery.loading import auto_class, quiet, refuse_remote_code
+from surgery.loading import auto_class, parameters_on_meta, quiet, refuse_remote_code
 from surgery.locate import Emergence, agree, vote
 from surgery.names import StoredNames
 from surgery.observe import backbone, decoder_layers, hidden, pad, residual
@@ -73,31 +72,12 @@ class _Meter:
         return self._ranges.read_many(ranges)
 
 
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Modules made in this block have real buffers (small) and parameters without memory."""
-    register = torch.nn.Module.register_parameter
-
-    def without_memory(module: torch.nn.Module, name: str, parameter: Any) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            kept = module._parameters[name]
-            assert kept is not None
-            module._parameters[name] = torch.nn.Parameter(kept.to("meta"), requires_grad=False)
-
-    torch.nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
-    try:
-        yield
-    finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
 def skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool = False) -> Any:
     """The model without its parameters, in evaluation mode."""
     from transformers import AutoConfig
 
     refuse_remote_code(checkpoint.folder, trust_remote_code)
-    with quiet(), _parameters_on_meta():
+    with quiet(), parameters_on_meta():
         try:
             config = AutoConfig.from_pretrained(
                 checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True

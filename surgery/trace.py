@@ -28,9 +28,11 @@ from surgery.anatomy import (
 from surgery.checkpoint import Checkpoint
 from surgery.errors import Unsupported
 from surgery.families import NO_GAIN
-from surgery.loading import auto_class, quiet
+from surgery.loading import auto_class, parameters_on_meta, quiet
 from surgery.names import StoredNames
 
+# Length of the traced prompt.
+TOKENS = 4
 # Operations whose result holds the same columns in the same places, zeros still zero.
 _TRANSPARENT = {
     "view",
@@ -96,6 +98,7 @@ class _Trace(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        args = _known_lengths(func, args)
         result = _without_values(func, args)
         if result is None:
             result = func(*args, **kwargs)
@@ -163,6 +166,18 @@ def _without_values(func: Any, args: tuple) -> Any:
     return None
 
 
+def _known_lengths(func: Any, args: tuple) -> tuple:
+    """Sizes of a new tensor that are computed from positions, which have no values here."""
+    if func not in (torch.full, torch.arange) or not args:
+        return args
+
+    def known(length: Any) -> Any:
+        return TOKENS if isinstance(length, torch.Tensor) else length
+
+    size = [known(one) for one in args[0]] if func is torch.full else known(args[0])
+    return (size, *args[1:])
+
+
 def _flat(value: Any) -> list[Any]:
     if isinstance(value, list | tuple):
         return [item for part in value for item in _flat(part)]
@@ -221,10 +236,12 @@ def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             config = AutoConfig.from_pretrained(
                 checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-            with torch.device("meta"):
-                model = auto_class(config).from_config(
-                    config, attn_implementation="eager", trust_remote_code=trust_remote_code
-                )
+            model = _build(
+                auto_class(config),
+                config,
+                attn_implementation="eager",
+                trust_remote_code=trust_remote_code,
+            )
             if hasattr(model, "set_experts_implementation"):  # from transformers 5 on
                 model.set_experts_implementation("eager")  # the others want certain dtypes
         except Exception as error:
@@ -233,6 +250,16 @@ def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
                 f"transformers cannot build {checkpoint.model_type} from config.json: {first}"
             ) from error
     return model.eval()
+
+
+def _build(auto: Any, config: Any, **options: Any) -> Any:
+    """A model on the meta device, also where its constructor computes with values."""
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, **options)
+    except (RuntimeError, NotImplementedError):
+        with parameters_on_meta():
+            return auto.from_config(config, **options).to("meta")
 
 
 def _decoder_layers(model: Any, depth: int) -> tuple[str, list[torch.nn.Module]]:
@@ -274,6 +301,22 @@ def _is_norm(name: str, module: torch.nn.Module) -> bool:
 
 
 def _run(model: Any, layers_path: str, width: int) -> _Trace:
+    """One forward pass under the trace.
+
+    What a layer gives whose routing to experts fails must have the form that the model expects:
+    the states alone or, in transformers 4, in a tuple.
+    """
+    error: Exception | None = None
+    for in_tuple in (False, True):
+        try:
+            return _run_once(model, layers_path, width, in_tuple)
+        except Exception as failure:
+            error = error or failure
+    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    raise Unsupported(f"Tracing {type(model).__name__} failed: {first}") from error
+
+
+def _run_once(model: Any, layers_path: str, width: int, in_tuple: bool) -> _Trace:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     layers = list(model.get_submodule(layers_path))
     attentions = frozenset(
@@ -284,7 +327,7 @@ def _run(model: Any, layers_path: str, width: int) -> _Trace:
     traced = _Trace(names, width, attentions)
     handles = []
     for index, layer in enumerate(layers):
-        _survive_routing(traced, layer, f"{layers_path}.{index}")
+        handles += _survive_routing(traced, layer, f"{layers_path}.{index}", in_tuple)
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(_push(traced, name)))
         parent = name.rpartition(".")[0]
@@ -294,18 +337,19 @@ def _run(model: Any, layers_path: str, width: int) -> _Trace:
     try:
         with torch.inference_mode(), quiet(), _autocast_on_meta(), traced:
             # With a mask given, transformers looks for no packed sequences, which needs values.
-            ones = torch.ones(1, 4, dtype=torch.long, device="meta")
+            ones = torch.ones(1, TOKENS, dtype=torch.long, device="meta")
             model(input_ids=ones, attention_mask=ones, use_cache=False)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise Unsupported(f"Tracing {type(model).__name__} failed: {first}") from error
     finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
         for handle in handles:
             handle.remove()
     return traced
 
 
-def _survive_routing(traced: _Trace, layer: torch.nn.Module, path: str) -> None:
+def _survive_routing(
+    traced: _Trace, layer: torch.nn.Module, path: str, in_tuple: bool
+) -> list[Any]:
     """Let the trace go on where routing to experts fails, because it depends on values.
 
     By then attention has run; what enters a module beside attention counts as read by it.
@@ -320,12 +364,14 @@ def _survive_routing(traced: _Trace, layer: torch.nn.Module, path: str) -> None:
             if traced.in_attention(failed) or failed == path:
                 raise
             del traced.stack[traced.stack.index(path) + 1 :]
-            return hidden_states
+            return (hidden_states,) if in_tuple else hidden_states
 
     layer.forward = run
-    for name, child in layer.named_children():
-        if not traced.in_attention(f"{path}.{name}"):
-            child.register_forward_pre_hook(_enter(traced, f"{path}.{name}"), with_kwargs=True)
+    return [
+        child.register_forward_pre_hook(_enter(traced, f"{path}.{name}"), with_kwargs=True)
+        for name, child in layer.named_children()
+        if not traced.in_attention(f"{path}.{name}")
+    ]
 
 
 def _enter(traced: _Trace, name: str) -> Any:
