@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from surgery.anatomy import Anatomy, describe, effective_gain, is_multimodal
 from surgery.checkpoint import Checkpoint
-from surgery.errors import BadSettings
 from surgery.locate import Emergence
 from surgery.mask import Mask, attention_targets, largest, mask_size, random_dimensions
 from surgery.memory import return_freed_memory
@@ -65,10 +64,11 @@ def analyze(
     """Locate the ME Layer of a model (paper §3, Appendices D and H).
 
     model: a folder, a Hub id, a .gguf file or "demo". evidence: also gather all that the paper
-    measures, which needs the whole model; rate is then the share of dimensions in eq. 1 and in the
-    mask. stream: run layer by layer from the checkpoint's bytes and stop once the emergence has
-    lasted (all_layers: go on to the end); by default for models on the Hub that are not in the
-    cache, and for large ones. The result's `emergence.layer` is None for a model without one.
+    measures, which takes dozens of passes through all layers and downloads a model unless `stream`
+    is given; rate is then the share of dimensions in eq. 1 and in the mask. stream: run layer by
+    layer from the checkpoint's bytes and stop once the emergence has lasted (all_layers: go on to
+    the end); by default for models on the Hub that are not in the cache, and for large ones. The
+    result's `emergence.layer` is None for a model without one.
     Raises BadCheckpoint, BadSettings or Unsupported.
     """
     settings = Settings(
@@ -80,22 +80,25 @@ def analyze(
         trust_remote_code=trust_remote_code,
         rate=rate,
     )
-    if evidence and stream:
-        raise BadSettings("Evidence needs the whole model; leave out the streaming.")
-    whole = evidence or stream is False
+    whole = stream is False or (evidence and not stream)
     if not whole:
         return_freed_memory()
     checkpoint = (resolve if whole else resolve_light)(model, revision, reporter.say)
     anatomy = examine(checkpoint, trust_remote_code=trust_remote_code)
     subject = Subject(checkpoint, settings, reporter)
-    if stream or (
-        not whole
-        and (all_layers or checkpoint.remote is not None or checkpoint.size > STREAM_ABOVE)
-    ):
-        streamed = stream_model(subject, anatomy, settings, reporter, all_layers=all_layers)
-        return Analysis(checkpoint, anatomy, streamed.emergence, streamed=streamed)
+    large = stream is None and checkpoint.size > STREAM_ABOVE
+    if stream or large or (not whole and (all_layers or checkpoint.remote is not None)):
+        every = all_layers or evidence
+        streamed = stream_model(subject, anatomy, settings, reporter, all_layers=every)
+        if not evidence:
+            return Analysis(checkpoint, anatomy, streamed.emergence, streamed=streamed)
+        gathered, read = _lent_evidence(subject, anatomy, streamed.emergence, settings, reporter)
+        streamed = replace(streamed, bytes_read=streamed.bytes_read + read)
+        return Analysis(checkpoint, anatomy, streamed.emergence, gathered, streamed)
     emergence = find_emergence(subject, anatomy, settings, reporter)
-    found = find_evidence(subject, anatomy, emergence, settings, reporter) if evidence else None
+    found = None
+    if evidence:
+        found = find_evidence(subject, subject.model, anatomy, emergence, settings, reporter)
     return Analysis(checkpoint, anatomy, emergence, found)
 
 
@@ -163,8 +166,32 @@ def given_emergence(layer: int) -> Emergence:
     return Emergence(layer, 0.0, 0.0, 1.0, "given", (), (), found_by="given")
 
 
+def _lent_evidence(
+    subject: Subject,
+    anatomy: Anatomy,
+    emergence: Emergence,
+    settings: Settings,
+    reporter: Reporter,
+) -> tuple[Evidence, int]:
+    """The evidence of a model that is never in memory whole, and the bytes it took to read."""
+    import torch
+
+    from surgery.lending import LentModel
+
+    lent = LentModel(
+        subject.checkpoint,
+        anatomy,
+        dtype=getattr(torch, settings.dtype),
+        device=subject.device,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    model = lent.open([prompt.tokens for prompt in locating_prompts(subject, settings)])
+    return find_evidence(subject, model, anatomy, emergence, settings, reporter), lent.bytes_read
+
+
 def find_evidence(
     subject: Subject,
+    model: Any,
     anatomy: Anatomy,
     emergence: Emergence,
     settings: Settings,
@@ -180,7 +207,7 @@ def find_evidence(
         mask = choose_mask(subject, anatomy, targets, settings)
     with reporter.bar("Gathering evidence", steps(emergence, prompts)) as advance:
         return gather(
-            subject.model,
+            model,
             anatomy,
             emergence,
             prompts,

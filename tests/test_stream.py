@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import surgery
 from surgery import stream, texts
 from surgery.analysis import examine
 from surgery.checkpoint import Origin, open_checkpoint
-from surgery.errors import BadSettings
+from surgery.lending import LentModel
 from surgery.loading import load_model, load_tokenizer
 from surgery.locate import agree
 from surgery.observe import layer_norms
@@ -104,7 +105,39 @@ def test_on_the_hub_without_downloading(tmp_path: Path) -> None:
         assert server.bytes_sent - sent < 100_000
 
 
-def test_evidence_needs_the_whole_model(tmp_path: Path) -> None:
-    path = tiny_models.save("llama", tmp_path / "model", layer=PLANTED, layers=4)
-    with pytest.raises(BadSettings, match="whole model"):
-        surgery.analyze(str(path), stream=True, evidence=True)
+@pytest.mark.parametrize("family", ["gemma2", "mixtral"])
+def test_evidence_without_the_whole_model(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_models.save(family, tmp_path / "model", layer=PLANTED, layers=6)
+    loaded = surgery.analyze(str(path), evidence=True)
+
+    def refuse(*_args: object, **_options: object) -> None:
+        raise AssertionError("the model was loaded whole")
+
+    monkeypatch.setattr("surgery.loading.load_model", refuse)
+    lent = surgery.analyze(str(path), evidence=True, stream=True)
+    assert loaded.evidence is not None
+    assert lent.evidence is not None
+    assert lent.evidence.notes == loaded.evidence.notes
+    for one, other in zip(lent.evidence.rows, loaded.evidence.rows, strict=True):
+        assert asdict(one) == pytest.approx(asdict(other), rel=1e-3, abs=1e-5, nan_ok=True)
+    assert lent.evidence.mask is not None
+    assert loaded.evidence.mask is not None
+    assert lent.evidence.mask.energy == pytest.approx(loaded.evidence.mask.energy, rel=1e-4)
+    assert lent.evidence.mask.key == pytest.approx(loaded.evidence.mask.key, rel=1e-3)
+
+
+def test_lent_layers_hold_no_matrices(tmp_path: Path) -> None:
+    checkpoint, anatomy, prompts = prepared("llama", tmp_path)
+    model = LentModel(checkpoint, anatomy).open(prompts)
+    held = []
+
+    def look(*_: object) -> None:
+        matrices = [p for p in model.model.layers.parameters() if p.dim() > 1]
+        held.append(sum(not p.is_meta for p in matrices) / len(matrices))
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(look)
+    layer_norms(model, anatomy, prompts[:2])
+    assert held == [1 / LAYERS] * 2 * LAYERS

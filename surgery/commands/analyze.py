@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     "--report",
     metavar="DIR",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Write a page with all the evidence, its figures and numbers; takes longer.",
+    help="Write a page with all the evidence, its figures and numbers; takes longer. Downloads a "
+    "Hub model, unless with --stream.",
 )
 @click.option(
     "--plot",
