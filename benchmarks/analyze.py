@@ -135,6 +135,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8], help="ME Layers to plant")
     parser.add_argument("--folder", type=Path, default=None, help="where to make the checkpoints")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--stream-only", action="store_true", help="leave out the full load")
     arguments = parser.parse_args()
     print(f"{os.cpu_count()} cores, analysis in {arguments.dtype}\n")
     print(
@@ -149,7 +150,8 @@ def main() -> None:
                 # In a process of its own: children inherit the peak memory of their parent.
                 with ProcessPoolExecutor(1, get_context("spawn")) as pool:
                     layer_bytes = pool.submit(make, folder, gigabytes, layer).result()
-                for way in ("stream", "full") if layer == arguments.layers[0] else ("stream",):
+                full = layer == arguments.layers[0] and not arguments.stream_only
+                for way in ("stream", "full") if full else ("stream",):
                     result = run(folder, way, arguments.dtype)
                     assert result["layer"] == layer, result
                     print(
