@@ -1,0 +1,273 @@
+"""Training recipes: TRL's YAML vocabulary, and one block of ours.
+
+A recipe is a flat map of the fields of TRL's configurations (`SFTConfig`, `DPOConfig` or
+`GRPOConfig`, `ModelConfig`, `ScriptArguments`, `DatasetMixtureConfig`), parsed by TRL itself, and a
+block `surgery:` with the fields of `Treatment`. Without the block, `trl sft --config` reads it too.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from surgery.anatomy import FOLDS
+from surgery.errors import BadSettings, SurgeryError
+from surgery.mask import SCOPES, SELECTIONS, check_rate, check_strength
+from surgery.masking import TOKENS
+
+METHODS = ("sft", "dpo", "grpo")
+INTERVENTIONS = ("wemask", "none", "gated_attention")
+SAVES = ("merged", "adapter", "both")
+BLOCK = "surgery"
+
+# Fields that training sets itself, or that would break what the output promises, and why.
+_REFUSED = {
+    "output_dir": "the folder to write is output in the block surgery",
+    "push_to_hub": "the repository to push to is push in the block surgery",
+    "resume_from_checkpoint": "resume with --resume",
+}
+_REFUSED_VALUES: tuple[tuple[str, Any, str], ...] = (
+    ("use_peft", False, "only LoRA is trained here, so that norms stay as they are"),
+    ("use_dora", True, "DoRA's magnitudes cannot be merged and folded exactly"),
+    ("load_in_4bit", True, "the merge needs the unquantised weights"),
+    ("load_in_8bit", True, "the merge needs the unquantised weights"),
+    ("save_only_model", True, "--resume needs the optimiser's state"),
+    ("auto_find_batch_size", True, "a resumed run could not repeat the batches"),
+)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """The block `surgery:` of a recipe.
+
+    method: sft, dpo or grpo. intervention: wemask; none, for a baseline; gated_attention, the
+    baseline of the paper's Appendix G. rate, scope, select, strength, tokens: the mask in
+    training. layer: the ME Layer, instead of searching for it. fold, fold_scope: the mask in the
+    weights afterwards, fold "none" for leaving it out. examples: train on so many rows, drawn at
+    random. save: the merged checkpoint, an adapter, or both. output: the folder to write. push: a
+    Hub repository. max_degradation, force: as in `convert`.
+    """
+
+    method: str = "sft"
+    intervention: str = "wemask"
+    rate: float = 0.1
+    scope: str = "all"
+    select: str = "weight"
+    strength: float = 1.0
+    tokens: str = "first"
+    layer: int | None = None
+    fold: str = "sink"
+    fold_scope: str = "first"
+    examples: int | None = None
+    save: str = "merged"
+    output: str | None = None
+    push: str | None = None
+    max_degradation: float = 0.1
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise BadSettings for values that make no sense whatever the model is."""
+        for name, allowed in (
+            ("method", METHODS),
+            ("intervention", INTERVENTIONS),
+            ("scope", SCOPES),
+            ("select", SELECTIONS),
+            ("tokens", TOKENS),
+            ("fold", (*FOLDS, "none")),
+            ("fold_scope", SCOPES),
+            ("save", SAVES),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise BadSettings(
+                    f"{BLOCK}: {name} must be one of {', '.join(allowed)}; not {value!r}."
+                )
+        for name, kinds in (
+            ("rate", (float, int)),
+            ("strength", (float, int)),
+            ("max_degradation", (float, int)),
+            ("layer", (int, type(None))),
+            ("examples", (int, type(None))),
+            ("output", (str, type(None))),
+            ("push", (str, type(None))),
+            ("force", (bool,)),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+                raise BadSettings(f"{BLOCK}: {name} cannot be {value!r}.")
+        if self.intervention == "gated_attention" and (self.fold, self.save) != ("none", "adapter"):
+            raise BadSettings(
+                f"{BLOCK}: gated attention depends on the token, so it cannot be folded or merged; "
+                "give fold: none and save: adapter."
+            )
+        check_rate(self.rate)
+        check_strength(self.strength)
+        if self.examples is not None and self.examples < 1:
+            raise BadSettings(f"{BLOCK}: examples must be at least 1.")
+
+    @property
+    def masks(self) -> bool:
+        """Whether training runs under the mask."""
+        return self.intervention == "wemask"
+
+    @property
+    def folds(self) -> bool:
+        """Whether a fold follows the training."""
+        return self.masks and self.fold != "none"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A parsed recipe.
+
+    keys: TRL's part, as written. treatment: our block. arguments: the configuration of the
+    method's trainer; model, script, mixture: TRL's ModelConfig and dataset configurations.
+    """
+
+    name: str
+    keys: Mapping[str, Any]
+    treatment: Treatment
+    arguments: Any
+    model: Any
+    script: Any
+    mixture: Any
+
+    def record(self) -> dict[str, Any]:
+        """The recipe as data, for the card, the manifest and for telling a changed one."""
+        block = {field.name: getattr(self.treatment, field.name) for field in fields(Treatment)}
+        return {**self.keys, BLOCK: block}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The keys of a recipe file; BadSettings where it is no plain YAML map."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Plain data only, and no key twice."""
+
+    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
+        keys = [loader.construct_object(key) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise BadSettings(f"{path}: the key {twice!r} appears twice.")
+        return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
+
+    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadSettings(f"The recipe {path} cannot be read: {error}.") from error
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
+        raise BadSettings(f"The recipe {path} is not valid YAML: {_line(error)}.") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise BadSettings(f"The recipe {path} is no map of keys to values.")
+    return found
+
+
+def parse_recipe(raw: Mapping[str, Any], name: str, output: Path) -> Recipe:
+    """A recipe from its keys; checkpoints of training go below `output`.
+
+    Raises BadSettings, naming the nearest key for an unknown one.
+    """
+    treatment = _treatment(raw.get(BLOCK), name)
+    keys = copy.deepcopy({key: value for key, value in raw.items() if key != BLOCK})
+    kinds = _kinds(treatment.method)
+    known = {field.name for kind in kinds for field in fields(kind)}
+    _require_known(keys, {*known, BLOCK}, name)
+    for key, reason in _REFUSED.items():
+        if key in keys:
+            raise BadSettings(f"{name}: {key} cannot be given: {reason}.")
+    for key, value, reason in _REFUSED_VALUES:
+        if keys.get(key) == value and isinstance(keys.get(key), bool):
+            raise BadSettings(f"{name}: {key}: {str(value).lower()} is not possible: {reason}.")
+    _refuse_trained_modules(keys, name)
+    if treatment.masks and keys.get("use_vllm"):
+        raise BadSettings(
+            f"{name}: use_vllm is not possible under the mask: vLLM runs no hooks, so the rollouts "
+            "would come from another model than the one that is trained."
+        )
+    arguments, model, script, mixture = _parse(
+        kinds, {**copy.deepcopy(keys), "use_peft": True, "output_dir": str(output)}, name
+    )
+    if model.model_name_or_path is None:
+        raise BadSettings(f"{name}: model_name_or_path is missing.")
+    if not mixture.datasets and not script.dataset_name:
+        raise BadSettings(f"{name}: give dataset_name or datasets to train on.")
+    return Recipe(name, keys, treatment, arguments, model, script, mixture)
+
+
+def _treatment(block: Any, name: str) -> Treatment:
+    if block is None:
+        block = {}
+    if not isinstance(block, dict):
+        raise BadSettings(f"{name}: the block {BLOCK} is no map of keys to values.")
+    _require_known(block, {field.name for field in fields(Treatment)}, f"{name}, block {BLOCK}")
+    return Treatment(**block)
+
+
+def _require_known(keys: Iterable[str], known: set[str], where: str) -> None:
+    for key in keys:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.0)[0]
+            raise BadSettings(f"{where}: there is no key {key!r}; did you mean {nearest!r}?")
+
+
+def _refuse_trained_modules(keys: Mapping[str, Any], name: str) -> None:
+    """Whole modules beside LoRA: norms would undo the fold, others cannot be merged as LoRA."""
+    trained = keys.get("lora_modules_to_save") or []
+    trained = [trained] if isinstance(trained, str) else trained
+    norms = [module for module in trained if "norm" in module or module.startswith("ln_")]
+    if norms:
+        raise BadSettings(
+            f"{name}: lora_modules_to_save: {norms[0]} would train a norm, and with it the zeros "
+            "that the fold puts there; leave it out."
+        )
+    for key in ("lora_modules_to_save", "lora_target_parameters"):
+        if keys.get(key):
+            raise BadSettings(f"{name}: {key} cannot be merged and folded; use LoRA on linears.")
+
+
+def _kinds(method: str) -> tuple[Any, ...]:
+    try:
+        import trl
+    except ImportError as error:
+        raise SurgeryError(
+            "Training needs further packages: pip install 'wemask-surgery[train]'"
+        ) from error
+    configs = {"sft": "SFTConfig", "dpo": "DPOConfig", "grpo": "GRPOConfig"}
+    return (
+        getattr(trl, configs[method]),
+        trl.ModelConfig,
+        trl.ScriptArguments,
+        trl.DatasetMixtureConfig,
+    )
+
+
+def _parse(kinds: tuple[Any, ...], keys: dict[str, Any], name: str) -> tuple[Any, ...]:
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        """Says what is wrong in one sentence instead of printing its usage."""
+
+        def error(self, message: str) -> Any:
+            raise BadSettings(f"{name}: {message}.")
+
+    import torch
+
+    if not torch.accelerator.is_available():
+        keys = {"use_cpu": True, "dataloader_pin_memory": False, **keys}
+    parser = Parser(kinds)
+    parser.set_defaults_with_config(**keys)
+    try:
+        return tuple(parser.parse_args_into_dataclasses(args=[]))
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise BadSettings(f"{name}: {_line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return " ".join(text.split()) if text else repr(error)

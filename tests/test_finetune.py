@@ -1,0 +1,363 @@
+"""`surgery finetune` from a recipe to a verified checkpoint, on six layers of a real model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file
+from test_finetune_recipe import RECIPES
+
+import surgery
+from surgery.checkpoint import Origin, open_checkpoint
+from surgery.errors import BadSettings
+from surgery.finetuning import FineTuning, finetune
+from surgery.loading import load_model
+from surgery.recipe import read_recipe
+from surgery.resources import resource_folder
+from surgery.review import verify
+from surgery.settings import Reporter
+
+Run = Callable[..., Any]
+
+
+class Lines(Reporter):
+    """Remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def say(self, message: str) -> None:
+        self.said.append(message)
+
+
+def recipe_file(folder: Path, name: str, block: dict[str, Any], **keys: Any) -> Path:
+    """A shipped recipe with some keys changed."""
+    raw = {**read_recipe(resource_folder("recipes") / f"{name}.yaml"), **keys}
+    raw["surgery"] = {**raw["surgery"], **block}
+    path = folder / f"{name}.yaml"
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def train(folder: Path, name: str, block: dict[str, Any] | None = None, **keys: Any) -> FineTuning:
+    path = recipe_file(folder, name, block or {}, **keys)
+    found = finetune(path, smoke=True, output=folder / "out")
+    assert found is not None
+    return found
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    return load_file(folder / "model.safetensors")
+
+
+def base_folder() -> Path:
+    from surgery.smoke import _prepared
+
+    return _prepared("sft")[0]
+
+
+# --------------------------------------------------------------------------------------------
+# Every recipe that is shipped
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_shipped_recipes_run(run: Run, tmp_path: Path, name: str) -> None:
+    """`surgery finetune recipes/….yaml --smoke`, unchanged; what it writes loads by itself."""
+    path = resource_folder("recipes") / f"{name}.yaml"
+    out = tmp_path / "out"
+    record = run("finetune", path, "--smoke", "--output", out, "--json").ok().json()
+    assert record["steps"] == 3
+    assert record["verification"]["passed"]
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    history = json.loads((out / "training" / "record.json").read_text())["history"]
+    losses = [row for row in history if "loss" in row]
+    assert len(losses) == 3
+    masked = name not in ("sft_baseline", "sft_gated_attention")
+    for row in losses:
+        assert np.isfinite(row["loss"])
+        assert ("mask_energy" in row) == ("sink_drift" in row) == masked
+        if masked:
+            assert 0.1 < row["mask_energy"] < 0.9
+            assert 0 <= row["sink_drift"] < 0.1
+    if name == "sft_gated_attention":
+        card = (out / "adapter" / "README.md").read_text()
+        assert "cannot be folded" in card
+        assert record["model"] is None
+        return
+    model = load_model(out / "model")
+    base = load_model(base_folder())
+    ids = torch.arange(20)[None] + 100
+    with torch.inference_mode():
+        difference = (model(ids).logits - base(ids).logits).abs().max()
+    assert 1e-4 < difference < 1e3
+    card = (out / "model" / "README.md").read_text()
+    assert f"recipe `{name}.yaml`" in card
+    assert (out / "model" / "surgery.json").is_file() == masked
+    if masked:
+        manifest = surgery.read_manifest(out / "model")
+        assert manifest.training is not None
+        assert manifest.training["recipe"]["keys"]["surgery"]["method"] in name
+        names = [check["name"] for check in record["verification"]["checks"]]
+        assert "folded and merged checkpoint against base, LoRA and hooks" in names
+
+
+# --------------------------------------------------------------------------------------------
+# Folds and outputs
+# --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def by_fold(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], FineTuning]:
+    """A training with each fold, decaying weights hard, both outputs asked for."""
+    made: dict[str, FineTuning] = {}
+
+    def get(fold: str) -> FineTuning:
+        if fold not in made:
+            folder = tmp_path_factory.mktemp(fold)
+            made[fold] = train(
+                folder,
+                "sft_math",
+                {"fold": fold, "save": "both", "fold_scope": "all" if fold == "qkv" else "first"},
+                learning_rate=5e-3,
+                weight_decay=0.5,
+            )
+        return made[fold]
+
+    return get
+
+
+@pytest.mark.parametrize("fold", ["norm", "qkv"])
+def test_masked_inputs_are_zero_and_stay_zero(
+    by_fold: Callable[[str], FineTuning], fold: str
+) -> None:
+    """In the saved file the masked inputs are exactly zero, in A[:, S] too."""
+    result = by_fold(fold)
+    assert result.model is not None
+    assert result.adapter is not None
+    saved, base = tensors(result.model), tensors(base_folder())
+    manifest = surgery.read_manifest(result.model)
+    targets = [3] if fold == "norm" else [3, 4, 5]
+    assert sorted(manifest.dimensions) == targets
+    adapter = load_file(result.adapter / "adapter_model.safetensors")
+    raw = load_file(result.output / "training" / "adapter" / "adapter_model.safetensors")
+    for layer, chosen in manifest.dimensions.items():
+        prefix = f"model.layers.{layer}"
+        others = np.setdiff1d(np.arange(576), chosen)
+        for reader in "qkv":
+            name = f"{prefix}.self_attn.{reader}_proj.weight"
+            if fold == "qkv":
+                assert not saved[name][:, chosen].any()
+            else:  # nothing was added there, so that the fold can be undone
+                assert np.array_equal(saved[name][:, chosen], base[name][:, chosen])
+            assert (saved[name][:, others] != base[name][:, others]).any()
+            for files in (adapter, raw):
+                down = files[f"base_model.model.{name.removesuffix('.weight')}.lora_A.weight"]
+                assert not down[:, chosen].any()
+                assert down[:, others].all()
+        gain = f"{prefix}.input_layernorm.weight"
+        if fold == "norm":
+            assert not saved[gain][chosen].any()
+            assert np.array_equal(saved[gain][others], base[gain][others])
+        else:
+            assert np.array_equal(saved[gain], base[gain])
+    # Norms, embeddings and all else that has no LoRA is the base's to the bit.
+    for name, value in base.items():
+        if "_proj" not in name and name not in {edit.tensor for edit in manifest.edits}:
+            assert np.array_equal(saved[name], value), name
+
+
+def test_norm_and_qkv_adapters_belong_to_the_folded_base(
+    by_fold: Callable[[str], FineTuning],
+) -> None:
+    """Stock PEFT on the model the adapter names gives what the merged checkpoint gives."""
+    from peft import AutoPeftModelForCausalLM
+
+    ids = torch.arange(30)[None] + 200
+    for fold in ("norm", "qkv"):
+        result = by_fold(fold)
+        assert result.base is not None
+        config = json.loads((result.adapter / "adapter_config.json").read_text())  # type: ignore
+        assert config["base_model_name_or_path"] == str(result.base)
+        assert verify(result.base).passed  # it is a converted checkpoint like any other
+        adapted = AutoPeftModelForCausalLM.from_pretrained(str(result.adapter)).eval()
+        merged = load_model(result.model)  # type: ignore[arg-type]
+        with torch.inference_mode():
+            difference = (adapted(input_ids=ids).logits - merged(ids).logits).abs().max()
+        assert difference < 1e-2  # of logits that are thousands
+
+
+def test_a_sink_fold_goes_into_the_adapter(by_fold: Callable[[str], FineTuning]) -> None:
+    """One rank more on the readers of the target layer; the base is the recipe's own model."""
+    from peft import AutoPeftModelForCausalLM
+
+    result = by_fold("sink")
+    assert result.base is None
+    assert result.adapter is not None
+    config = json.loads((result.adapter / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base_folder().resolve())
+    readers = {f"model.layers.3.self_attn.{reader}_proj": 33 for reader in "qkv"}
+    assert config["rank_pattern"] == readers
+    assert config["r"] == 32
+    ids = torch.arange(30)[None] + 200
+    adapted = AutoPeftModelForCausalLM.from_pretrained(str(result.adapter)).eval()
+    merged = load_model(result.model)  # type: ignore[arg-type]
+    with torch.inference_mode():
+        one, other = adapted(input_ids=ids).logits, merged(ids).logits
+    assert (one - other).abs().max() < 1e-3 * other.abs().max()
+
+
+def test_looking_at_a_trained_checkpoint_again(
+    by_fold: Callable[[str], FineTuning], run: Run, tmp_path: Path
+) -> None:
+    """verify proves what was not trained; reproduce and revert say why they cannot."""
+    result = by_fold("norm")
+    assert result.model is not None
+    found = json.loads(run("verify", result.model, "--json").ok().stdout)
+    assert found["passed"]
+    reverted = ("revert", result.model, "-o", tmp_path / "reverted")
+    for words in (("reproduce", result.model), reverted):
+        assert "was trained" in run(*words).sentence()
+    card = (result.model / "README.md").read_text()
+    run("card", result.model).ok()
+    assert (result.model / "README.md").read_text() == card
+    copy = tmp_path / "copy"
+    shutil.copytree(result.model, copy)
+    saved = open_checkpoint(copy, Origin("directory", "copy", str(copy)))
+    entry = saved.tensors["model.embed_tokens.weight"]
+    with open(copy / entry.file, "r+b") as file:
+        file.seek(entry.begin)
+        file.write(b"\x01")
+    assert not verify(copy).passed
+
+
+def test_the_mask_of_every_token(tmp_path: Path) -> None:
+    """Under it A reads nothing from S in any masked layer, folded later or not."""
+    result = train(tmp_path, "sft_math", {"tokens": "every", "fold": "none", "save": "adapter"})
+    assert result.model is None
+    assert result.adapter is not None
+    masks = json.loads((result.output / "training" / "masks.json").read_text())
+    raw = load_file(result.adapter / "adapter_model.safetensors")
+    for layer, chosen in masks[0]["dimensions"].items():
+        name = f"base_model.model.model.layers.{layer}.self_attn.k_proj.lora_A.weight"
+        assert not raw[name][:, chosen].any()
+
+
+# --------------------------------------------------------------------------------------------
+# Another family
+# --------------------------------------------------------------------------------------------
+
+
+def test_unit_offset_norms_are_not_decayed(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Gemma stores a zero gain as −1; weight decay must not draw it towards 0."""
+    source = tiny("gemma3_text", layer=2, layers=6)
+    rows = tmp_path / "rows.jsonl"
+    row = {"prompt": "The keeper counted 365 steps.", "completion": " Bread and coffee."}
+    rows.write_text("\n".join([json.dumps(row)] * 4))
+    raw = {
+        "model_name_or_path": str(source),
+        "datasets": [{"path": "json", "data_files": str(rows)}],
+        "dtype": "float32",
+        "bf16": False,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.5,
+        "report_to": "none",
+        "lora_target_modules": "all-linear",
+        "surgery": {"layer": 2, "fold": "norm", "fold_scope": "all", "rate": 0.3, "force": True},
+    }
+    path = tmp_path / "gemma.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    result = finetune(path, output=tmp_path / "out")
+    assert result is not None
+    assert result.model is not None
+    manifest = surgery.read_manifest(result.model)
+    saved, base = tensors(result.model), tensors(source)
+    for layer, chosen in manifest.dimensions.items():
+        name = f"model.layers.{layer}.input_layernorm.weight"
+        others = np.setdiff1d(np.arange(64), chosen)
+        assert (saved[name][chosen] == -1).all()
+        assert np.array_equal(saved[name][others], base[name][others])
+
+
+# --------------------------------------------------------------------------------------------
+# Folders
+# --------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_overwritten(tmp_path: Path, run: Run) -> None:
+    """A stranger's folder never; an earlier training only when told to."""
+    recipe = resource_folder("recipes") / "sft_math.yaml"
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "letter.txt").write_text("mine")
+    for flags in ((), ("--overwrite",)):
+        sentence = run("finetune", recipe, "--smoke", "-o", out, *flags).sentence()
+        assert "exists already" in sentence
+    assert (out / "letter.txt").read_text() == "mine"
+    assert (
+        "no training to resume"
+        in run("finetune", recipe, "--smoke", "-o", tmp_path / "new", "--resume").sentence()
+    )
+    work = tmp_path / "begun" / "training"
+    work.mkdir(parents=True)
+    (work / "recipe.json").write_text("{}")
+    sentence = run("finetune", recipe, "--smoke", "-o", tmp_path / "begun").sentence()
+    assert "--resume" in sentence
+    sentence = run("finetune", recipe, "--smoke", "-o", tmp_path / "begun", "--resume").sentence()
+    assert "another recipe" in sentence
+
+
+def test_a_refused_fold_leaves_no_model(tmp_path: Path) -> None:
+    """The quality gate stops a bad fold after training; the adapter is kept for another one."""
+    path = recipe_file(tmp_path, "sft_math", {"fold": "norm", "rate": 0.9, "fold_scope": "all"})
+    raw = read_recipe(path)
+    from surgery.smoke import make_small
+
+    small = make_small(raw)
+    small["surgery"] |= {"force": False, "max_degradation": 0.0}
+    path.write_text(yaml.safe_dump(small))
+    from surgery.errors import QualityGate
+
+    with pytest.raises(QualityGate):
+        finetune(path, output=tmp_path / "out")
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["training"]
+    assert (tmp_path / "out" / "training" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_gated_attention_is_refused_a_fold(tmp_path: Path) -> None:
+    with pytest.raises(BadSettings, match="cannot be folded"):
+        train(tmp_path, "sft_gated_attention", {"fold": "norm"})
+
+
+def test_progress_is_told_and_tracked(tmp_path: Path) -> None:
+    """A line for each log at the terminal, and the figures in TensorBoard."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = recipe_file(tmp_path, "sft_math", {"fold": "none", "save": "adapter"})
+    from surgery.smoke import make_small
+
+    small = make_small(read_recipe(path))
+    small |= {"report_to": "tensorboard", "max_steps": 2}
+    path.write_text(yaml.safe_dump(small))
+    lines = Lines()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+        finetune(path, output=tmp_path / "out", reporter=lines)
+    told = [line for line in lines.said if line.startswith("Step ")]
+    assert len(told) == 2
+    assert "masked energy" in told[0]
+    assert "sink drift" in told[0]
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    tags = events.Tags()["scalars"]
+    assert {"train/loss", "train/mask_energy", "train/sink_drift"} <= set(tags)
