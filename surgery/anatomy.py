@@ -85,6 +85,15 @@ class Anatomy:
                 "use --fold qkv (the same function, in the attention's own weights) or --fold sink."
             )
 
+    def require_selection(self, select: str) -> None:
+        """Raise Unsupported, naming the alternative, where there is nothing to select by."""
+        if select == "weight" and any(found and not found.gain for found in self.inputs):
+            raise Unsupported(
+                f"--select weight is not possible for {self.model_type}: it ranks dimensions by "
+                "the gain of the norm before attention, which has no parameters here; use --select "
+                "activation."
+            )
+
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a configuration that describes the text decoder."""
@@ -243,13 +252,8 @@ def effective_gain(anatomy: Anatomy, checkpoint: Checkpoint, layer: int) -> NDAr
 
     Raises Unsupported for a norm without parameters.
     """
+    anatomy.require_selection("weight")
     name = anatomy.at(layer).gain
-    if not name:
-        raise Unsupported(
-            f"--select weight is not possible for {anatomy.model_type}: it ranks dimensions by the "
-            "gain of the norm before attention, which has no parameters here; use --select "
-            "activation."
-        )
     stored = checkpoint.read(name)
     if not dtypes.all_finite(stored):
         raise BadCheckpoint(f"{name} holds values that are not finite; the checkpoint is damaged.")

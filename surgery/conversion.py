@@ -146,6 +146,8 @@ def convert(
         checkpoint, check=settings.check, trust_remote_code=settings.trust_remote_code
     )
     anatomy.require(settings.fold)
+    if mask is None:
+        anatomy.require_selection(settings.select)
     subject = Subject(checkpoint, settings, reporter)
     if mask is None:
         targets, emergence = _targets(subject, anatomy, emergence, settings, reporter)

@@ -26,7 +26,7 @@ from surgery.analysis import examine
 from surgery.anatomy import Anatomy, effective_gain
 from surgery.calibrate import sink_directions
 from surgery.checkpoint import Checkpoint
-from surgery.errors import Unsupported
+from surgery.errors import BadCheckpoint, Unsupported
 from surgery.families import MULTIMODAL, family_of
 from surgery.fold import make_edits
 from surgery.loading import load_model, load_tokenizer
@@ -232,3 +232,98 @@ def condition(case: Case) -> str:
     family = next(one for one in families.FAMILIES if case.model_type in one.model_types)
     assert family_of(fields) is not None
     return next((one.condition for one in family.cases if one.holds(fields)), "")
+
+
+# --------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------
+
+
+def test_the_list_for_people(run: Run) -> None:
+    said = run("families").ok().stdout
+    for name in {case.model_type for case in CASES.values()} | set(MULTIMODAL):
+        assert re.search(rf"\b{name}\b", said), name
+    one = run("families", "falcon", "gemma4_text").ok().stdout
+    assert "new_decoder_architecture = true" in one
+    assert "inside gemma4" in one
+    assert "llama" not in one
+    assert "no such_family" in run("families", "such_family").sentence()
+
+
+def test_layers_without_attention_are_skipped_with_a_word(run: Run, tmp_path: Path) -> None:
+    """Jamba here attends in layers 1 and 4; the massive activation emerges in layer 2."""
+    folder = more_models.save(CASES["jamba"], tmp_path / "jamba")
+    options = ("--check-tokens", "200", "--rate", "0.25", "--force")
+    done = run("convert", folder, "--output", tmp_path / "out", *options).ok()
+    assert "Skipping layer 3: no attention there to mask" in done.stderr
+    changed = run("inspect", tmp_path / "out", "--json").json()
+    assert [edit["tensor"] for edit in changed["edits"]] == [
+        "model.layers.4.input_layernorm.weight"
+    ]
+    wrong = run("convert", folder, "--layers", "3", "--output", tmp_path / "other", *options)
+    assert "Layer 3 has no attention input to mask" in wrong.sentence()
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma3n_text", "gemma4_text", "bloom", "olmo"])
+def test_the_whole_conversion(name: str, run: Run, tmp_path: Path) -> None:
+    """Where it has something particular to cope with: several inputs, streams, shared keys."""
+    case = CASES[name]
+    needs(case)
+    if case.from_five and not more_models.FIVE:
+        pytest.skip("refused in this release, see test_supported")
+    folder = more_models.save(case, tmp_path / "base")
+    selected = ("--select", "activation") if name == "olmo" else ()
+    done = run(
+        *("convert", folder, "--output", tmp_path / "out", "--fold", "sink", "--rate", "0.25"),
+        *("--check-tokens", "200", "--calibration-tokens", "1500", "--force", "--json", *selected),
+    ).json()
+    assert done["verification"]["passed"]
+    assert run("verify", tmp_path / "out", "--base", folder, "--json").json()["passed"]
+    if selected:
+        refused = run("convert", folder, "--output", tmp_path / "other", "--fold", "qkv")
+        assert "use --select activation" in refused.sentence()
+
+
+# --------------------------------------------------------------------------------------------
+# A release of transformers that lays a model out differently
+# --------------------------------------------------------------------------------------------
+
+
+def test_another_reader_inside_attention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    original = LlamaAttention.forward
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output, *rest = original(self, hidden_states, *args, **kwargs)
+        return (output + hidden_states, *rest)
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    refuses(tmp_path, r"self_attn reads the attention input through \w*add")
+
+
+def test_another_reader_of_the_norm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    def forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        normed = self.input_layernorm(hidden_states)
+        return hidden_states + self.self_attn(hidden_states=normed, **kwargs)[0] + self.mlp(normed)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    refuses(tmp_path, "disagree about its legality of norm")
+
+
+def refuses(folder: Path, words: str) -> None:
+    base = more_models.save(replace(CASES["llama"], folds=()), folder / "base")
+    with pytest.raises(Unsupported, match=words):
+        surgery.convert(str(base), layer=1, output=folder / "out")
+    assert not (folder / "out").exists()
+
+
+def test_two_decoders_in_one_checkpoint(tmp_path: Path) -> None:
+    """Which of them the model reads cannot be told by names."""
+    folder = more_models.save(CASES["llama"], tmp_path / "base")
+    other = "language_model.model.layers.0.input_layernorm.weight"
+    more_models.add_ignored_tensors(folder, {other: torch.ones(HIDDEN)})
+    with pytest.raises(BadCheckpoint, match=r"both at model\.layers and at language_model\.model"):
+        examine(surgery.resolve(str(folder)))
