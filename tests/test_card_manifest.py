@@ -289,7 +289,7 @@ def test_any_damage(
     render_card(manifest, {}, figure=True)
     command_line(manifest.settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(review, "study", lambda *_args, **_options: None)  # what takes time
+        patch.setattr(review, "examine", lambda *_args, **_options: None)  # what takes time
         patch.setattr(review, "behaviour", lambda *_args: [])
         try:
             review.verify(target, base=str(tiny()))
