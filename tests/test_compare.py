@@ -509,6 +509,27 @@ def test_an_identical_checkpoint_gains_and_loses_nothing(cut: tuple[Path, Path])
         assert difference.verdict == "no difference shown"
 
 
+@needs_demo
+@needs_harness
+@needs_data
+@pytest.mark.full
+def test_two_processes_score_as_one(
+    cut: tuple[Path, Path], tasked: comparison.Comparison, python: Any, tmp_path: Path
+) -> None:
+    """Under `accelerate launch`, here on the CPU."""
+    python(
+        "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
+        "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "surgery", "compare", *cut,
+        "--no-text", "--tasks", "wemask_piqa", "--data", SHARED, "--limit", 8,
+        "--batch-size", 4, "--device", "cpu", "-q", "-o", tmp_path / "found.json",
+    ).ok()  # fmt: skip
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    alone = [row for row in tasked.tasks if row.task == "wemask_piqa"]
+    assert len(found["tasks"]) == len(alone) == 2
+    for row, expected in zip(found["tasks"], alone, strict=True):
+        assert {name: tuple(scores) for name, scores in row["scores"].items()} == expected.scores
+
+
 @needs_harness
 @needs_data
 def test_a_shipped_group_takes_what_is_in_the_folder() -> None:
