@@ -43,6 +43,7 @@ def command(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
         return
     table = Table(
         title=f"{len(chosen)} kinds of decoder",
+        expand=True,
         caption="Tested on tiny random checkpoints saved by transformers, a massive activation "
         "planted at a known layer: located there, each fold written and loaded by transformers. "
         "=: logits bit-equal to the hook. ≈: equal at the sink token.",
@@ -50,8 +51,13 @@ def command(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
         caption_justify="left",
         box=SIMPLE_HEAD,
     )
-    for heading in ("family", "norm", "who reads it", "folds", "what is not possible", "tested"):
-        table.add_column(heading, overflow="fold")
+    for heading, ratio in (
+        ("family", 5),
+        ("norm → who reads it", 6),
+        ("folds", 3),
+        ("not possible", 5),
+    ):
+        table.add_column(heading, overflow="fold", ratio=ratio)
     alike: dict[Row, list[Row]] = {}
     for row in chosen:
         alike.setdefault(replace(row, family="", inside=()), []).append(row)
@@ -64,26 +70,20 @@ def _cells(rows: list[Row]) -> tuple[str, ...]:
     """One line of the table, for rows that differ in nothing but the family."""
     row = rows[0]
     readers = [", ".join(reader.partition(".")[2] for reader in mixer) for mixer in row.readers]
-    refused = "" if not row.refusal else f"{'norm' if row.folds else 'any'}: {row.refusal}"
+    if row.skipped:
+        readers.append("none, where the layer has no attention")
+    marks = [f"{fold}\u00a0=" for fold in row.bit_equal] + [f"{fold}\u00a0≈" for fold in row.near]
+    impossible = [f"{'norm' if row.folds else 'any fold'}: {row.refusal}"] if row.refusal else []
     if row.folds and "weight" not in row.select:
-        refused += "; nor is --select weight, there being no gain"
+        impossible.append("--select weight: there is no gain")
+    if row.folds and not row.located:
+        impossible.append("locating: no massive activation lasts, so give --layer")
     inside = [whole for one in rows for whole in one.inside]
     return (
         ", ".join(one.family for one in rows)
         + (f", where {row.when}" if row.when else "")
         + (f"; also inside {', '.join(inside)}" if inside else ""),
-        f"{row.norm_kind}, {row.norm}" if row.norm else row.norm_kind,
-        "; or ".join([*readers, *(["none: the layer is skipped"] if row.skipped else [])]),
-        ", ".join(row.folds) or "none",
-        refused,
-        _tested(row),
+        f"{row.norm} ({row.norm_kind}) → {'; or '.join(readers)}" if row.norm else "",
+        ", ".join(marks) or "refused",
+        "; ".join(impossible),
     )
-
-
-def _tested(row: Row) -> str:
-    if not row.folds:
-        return "refused"
-    parts = ["located" if row.located else "not located, as none lasts there"]
-    parts += [f"{fold} =" for fold in row.bit_equal]
-    parts += [f"{fold} ≈" for fold in row.near]
-    return ", ".join(parts)
