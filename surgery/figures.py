@@ -377,7 +377,7 @@ def plot_sweep(sweep: Sweep, path: Path) -> None:
 
 def _sweep_lines(axes: Any, rows: Sequence[Row]) -> None:
     """The lines of one panel; rows in the order of their rates, each with a score."""
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     for fold, colour in _FOLD_COLOURS.items():
         for select, (line, marker) in _SELECT_LINES.items():
@@ -412,4 +412,6 @@ def _sweep_lines(axes: Any, rows: Sequence[Row]) -> None:
     scores = [row.score for row in rows if row.score is not None]
     if min(scores) > 0 and max(scores) > 5 * min(scores):
         axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:.4g}"))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:,.5g}"))
