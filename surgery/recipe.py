@@ -16,6 +16,7 @@ from typing import Any
 
 from surgery.anatomy import FOLDS
 from surgery.errors import BadSettings, SurgeryError
+from surgery.loading import quiet
 from surgery.mask import SCOPES, SELECTIONS, check_rate, check_strength
 from surgery.masking import TOKENS
 
@@ -260,10 +261,13 @@ def _parse(kinds: tuple[Any, ...], keys: dict[str, Any], name: str) -> tuple[Any
 
     if not torch.accelerator.is_available():
         keys = {"use_cpu": True, "dataloader_pin_memory": False, **keys}
+    # Every LoRA weight takes part in every pass, which distributed training need not check.
+    keys = {"ddp_find_unused_parameters": False, **keys}
     parser = Parser(kinds)
     parser.set_defaults_with_config(**keys)
     try:
-        return tuple(parser.parse_args_into_dataclasses(args=[]))
+        with quiet():
+            return tuple(parser.parse_args_into_dataclasses(args=[]))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise BadSettings(f"{name}: {_line(error)}") from error
 

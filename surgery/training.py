@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ def train(
     if figures is not None and last is not None:
         figures.start.update(_read_start(last))
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
         if mask is not None and figures is not None:
             stack.enter_context(
                 wemask(
@@ -142,6 +144,8 @@ def train(
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         _refuse_trained_norms(trainer.model, anatomy)
         begun = time.monotonic()
+        # Libraries warn about names that other libraries still use; a user can do nothing about it.
+        warnings.simplefilter("ignore", FutureWarning)
         with _progress(trainer, figures, reporter):
             if last is not None:
                 reporter.say(f"Resuming from {last.name}")

@@ -17,13 +17,14 @@ from test_finetune_recipe import RECIPES
 
 import surgery
 from surgery.checkpoint import Origin, open_checkpoint
-from surgery.errors import BadSettings
+from surgery.errors import BadSettings, QualityGate
 from surgery.finetuning import FineTuning, finetune
 from surgery.loading import load_model
 from surgery.recipe import read_recipe
 from surgery.resources import resource_folder
 from surgery.review import verify
 from surgery.settings import Reporter
+from surgery.smoke import make_small
 
 Run = Callable[..., Any]
 
@@ -60,9 +61,7 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def base_folder() -> Path:
-    from surgery.smoke import _prepared
-
-    return _prepared("sft")[0]
+    return Path(make_small({})["model_name_or_path"])
 
 
 # --------------------------------------------------------------------------------------------
@@ -257,14 +256,13 @@ def test_the_mask_of_every_token(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------
 
 
-def test_unit_offset_norms_are_not_decayed(tiny: Callable[..., Path], tmp_path: Path) -> None:
-    """Gemma stores a zero gain as −1; weight decay must not draw it towards 0."""
-    source = tiny("gemma3_text", layer=2, layers=6)
+def gemma(tiny: Callable[..., Path], tmp_path: Path, **block: Any) -> Path:
+    """A recipe for a tiny Gemma with a large learning rate and weight decay."""
     rows = tmp_path / "rows.jsonl"
     row = {"prompt": "The keeper counted 365 steps.", "completion": " Bread and coffee."}
     rows.write_text("\n".join([json.dumps(row)] * 4))
     raw = {
-        "model_name_or_path": str(source),
+        "model_name_or_path": str(tiny("gemma3_text", layer=2, layers=6)),
         "datasets": [{"path": "json", "data_files": str(rows)}],
         "dtype": "float32",
         "bf16": False,
@@ -274,15 +272,21 @@ def test_unit_offset_norms_are_not_decayed(tiny: Callable[..., Path], tmp_path: 
         "weight_decay": 0.5,
         "report_to": "none",
         "lora_target_modules": "all-linear",
-        "surgery": {"layer": 2, "fold": "norm", "fold_scope": "all", "rate": 0.3, "force": True},
+        "surgery": {"layer": 2, "fold": "norm", **block},
     }
     path = tmp_path / "gemma.yaml"
     path.write_text(yaml.safe_dump(raw))
+    return path
+
+
+def test_unit_offset_norms_are_not_decayed(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Gemma stores a zero gain as −1; weight decay must not draw it towards 0."""
+    path = gemma(tiny, tmp_path, fold_scope="all", rate=0.3, force=True)
     result = finetune(path, output=tmp_path / "out")
     assert result is not None
     assert result.model is not None
     manifest = surgery.read_manifest(result.model)
-    saved, base = tensors(result.model), tensors(source)
+    saved, base = tensors(result.model), tensors(tiny("gemma3_text", layer=2, layers=6))
     for layer, chosen in manifest.dimensions.items():
         name = f"model.layers.{layer}.input_layernorm.weight"
         others = np.setdiff1d(np.arange(64), chosen)
@@ -318,17 +322,9 @@ def test_what_is_not_overwritten(tmp_path: Path, run: Run) -> None:
     assert "another recipe" in sentence
 
 
-def test_a_refused_fold_leaves_no_model(tmp_path: Path) -> None:
+def test_a_refused_fold_leaves_no_model(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """The quality gate stops a bad fold after training; the adapter is kept for another one."""
-    path = recipe_file(tmp_path, "sft_math", {"fold": "norm", "rate": 0.9, "fold_scope": "all"})
-    raw = read_recipe(path)
-    from surgery.smoke import make_small
-
-    small = make_small(raw)
-    small["surgery"] |= {"force": False, "max_degradation": 0.0}
-    path.write_text(yaml.safe_dump(small))
-    from surgery.errors import QualityGate
-
+    path = gemma(tiny, tmp_path, fold_scope="all", rate=0.8, force=False, max_degradation=0.0)
     with pytest.raises(QualityGate):
         finetune(path, output=tmp_path / "out")
     assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["training"]
@@ -345,8 +341,6 @@ def test_progress_is_told_and_tracked(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     path = recipe_file(tmp_path, "sft_math", {"fold": "none", "save": "adapter"})
-    from surgery.smoke import make_small
-
     small = make_small(read_recipe(path))
     small |= {"report_to": "tensorboard", "max_steps": 2}
     path.write_text(yaml.safe_dump(small))
