@@ -11,6 +11,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.locate import Emergence
 from surgery.mask import Mask, attention_targets, largest, mask_size, random_dimensions
 from surgery.memory import return_freed_memory
+from surgery.quantised import dequantised
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve, resolve_light
 from surgery.subject import Subject, calibration_windows, locating_prompts
@@ -84,6 +85,7 @@ def analyze(
     if not whole:
         return_freed_memory()
     checkpoint = (resolve if whole else resolve_light)(model, revision, reporter.say)
+    checkpoint = dequantised(checkpoint, reporter.say)
     anatomy = examine(checkpoint, trust_remote_code=trust_remote_code)
     subject = Subject(checkpoint, settings, reporter)
     large = stream is None and checkpoint.size > STREAM_ABOVE

@@ -152,7 +152,6 @@ def describe(checkpoint: Checkpoint) -> Anatomy | None:
     if family is None:
         return None
     model_type = str(config["model_type"])
-    refuse_quantised(checkpoint)
     if family.refusal:
         raise Unsupported(f"{model_type} cannot be converted: {family.refusal}.")
     check_depth(checkpoint)
@@ -228,14 +227,18 @@ def _mixer_at(checkpoint: Checkpoint, family: Family, stored: str, layer: int) -
 
 
 def check_shapes(anatomy: Anatomy, checkpoint: Checkpoint) -> None:
-    """Raise BadCheckpoint unless every tensor the anatomy names exists in the right shape."""
+    """Raise BadCheckpoint unless every tensor the anatomy names exists in the right shape.
+
+    The weights of a quantised checkpoint, which are stored in many ways, are left out.
+    """
+    plain = not checkpoint.config.get("quantization_config")
     for found in anatomy.inputs:
         if found is None:
             continue
         for name, axis in (
             *(((found.gain, 0),) if found.gain else ()),
             *(((found.bias, 0),) if found.bias else ()),
-            *((weight, anatomy.input_axis) for weight in found.weights),
+            *((weight, anatomy.input_axis) for weight in found.weights if plain),
         ):
             entry = checkpoint.tensors.get(name)
             if entry is None:

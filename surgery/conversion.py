@@ -28,6 +28,7 @@ from surgery.manifest import (
 )
 from surgery.mask import Mask, attention_targets, mask_size
 from surgery.plan import CARD, FIGURE, UNDO, Plan, check_output, make_plan
+from surgery.quantised import dequantised, loadable, require_editable
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
 from surgery.staging import remove_stale
@@ -142,13 +143,13 @@ def convert(
         check_output(checkpoint.folder, target, overwrite=overwrite)
     mask_size(settings.rate, width_of(checkpoint.config))
     _check_given_layers(settings, depth_of(checkpoint.config))
-    anatomy = examine(
-        checkpoint, check=settings.check, trust_remote_code=settings.trust_remote_code
-    )
+    require_editable(checkpoint, settings.fold, settings.strength, form)
+    analysed = checkpoint if _needs_no_weights(settings) else dequantised(checkpoint, reporter.say)
+    anatomy = examine(analysed, check=settings.check, trust_remote_code=settings.trust_remote_code)
     anatomy.require(settings.fold)
     if mask is None:
         anatomy.require_selection(settings.select)
-    subject = Subject(checkpoint, settings, reporter)
+    subject = Subject(analysed, settings, reporter)
     if mask is None:
         targets, emergence = _targets(subject, anatomy, emergence, settings, reporter)
         mask = choose_mask(subject, anatomy, targets, settings)
@@ -166,7 +167,7 @@ def convert(
     else:
         from surgery.products import plan_product
 
-        plan = plan_product(form, checkpoint, anatomy, mask, edits, target, overwrite=overwrite)
+        plan = plan_product(form, analysed, anatomy, mask, edits, target, overwrite=overwrite)
     reporter.show(plan)
     if dry_run:
         return Conversion(plan.output, plan, mask, emergence, None, None, None)
@@ -206,6 +207,12 @@ def convert(
             plan, manifest, subject, anatomy, mask, settings, reporter
         )
     return Conversion(plan.output, plan, mask, emergence, quality, verification, manifest)
+
+
+def _needs_no_weights(settings: Settings) -> bool:
+    """Whether the headers and the gains tell all that these settings ask for."""
+    given = settings.layer is not None or settings.layers is not None
+    return given and not settings.check and settings.fold == "norm" and settings.select == "weight"
 
 
 def default_output(checkpoint: Checkpoint, settings: Settings) -> Path:
@@ -394,16 +401,17 @@ def behaviour(
     subject.release()
     # Halving a gain is exact in any binary format, scaling by other factors is rounded.
     exact = mask.strength in (0.0, 1.0)
-    return verify_behaviour(
-        base_logits,
-        reference_logits,
-        folder,
-        ids,
-        real,
-        fold=settings.fold,
-        exact=exact,
-        inexact_because="scaled weights are rounded to the stored format",
-        dtype=settings.dtype,
-        device=device,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    with loadable(folder) as loaded:
+        return verify_behaviour(
+            base_logits,
+            reference_logits,
+            loaded,
+            ids,
+            real,
+            fold=settings.fold,
+            exact=exact,
+            inexact_because="scaled weights are rounded to the stored format",
+            dtype=settings.dtype,
+            device=device,
+            trust_remote_code=settings.trust_remote_code,
+        )

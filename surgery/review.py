@@ -18,6 +18,7 @@ from surgery.gguf_conversion import read_embedded
 from surgery.manifest import FileRecord, Manifest, read_manifest, write_manifest
 from surgery.mask import Mask
 from surgery.plan import CARD, FIGURE, edits_by_file
+from surgery.quantised import dequantised
 from surgery.results import results_for
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
@@ -97,9 +98,10 @@ def verify(
     if settings.form == "adapter":
         from surgery.products import verify_adapter
 
-        anatomy = examine(checkpoint, trust_remote_code=trust_remote_code)
+        plain = dequantised(checkpoint, reporter.say)
+        anatomy = examine(plain, trust_remote_code=trust_remote_code)
         files = verify_files(path, manifest.files)
-        checks = verify_adapter(path, manifest, checkpoint, anatomy, settings, reporter)
+        checks = verify_adapter(path, manifest, plain, anatomy, settings, reporter)
         return Verification((files, *checks))
     if manifest.training is not None:
         from surgery.trained import verify_trained
@@ -120,14 +122,15 @@ def verify(
         }
         if originals:
             checks.append(verify_originals(checkpoint, originals))
-        anatomy = examine(checkpoint, trust_remote_code=trust_remote_code)
+        plain = dequantised(checkpoint, reporter.say)
+        anatomy = examine(plain, trust_remote_code=trust_remote_code)
         mask = Mask(
             manifest.hidden_size,
             settings.select,
             manifest.strength,
             {layer: tuple(chosen) for layer, chosen in manifest.dimensions.items()},
         )
-        subject = Subject(checkpoint, settings, reporter)
+        subject = Subject(plain, settings, reporter)
         checks += behaviour(subject, anatomy, mask, edits, path, settings)
     return Verification(tuple(checks))
 

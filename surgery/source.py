@@ -280,8 +280,8 @@ def gguf_source(origin: Origin) -> Path:
     """The .gguf file (or first shard) behind a source; BadSettings where there is none."""
     if origin.kind != "gguf":
         raise BadSettings(
-            f"{origin.typed} is no .gguf file, so no .gguf can be written from it; give a folder as "
-            "--output, and convert that with llama.cpp's convert_hf_to_gguf.py."
+            f"{origin.typed} is no .gguf file, so no .gguf can be written from it; give a folder "
+            "as --output, and convert that with llama.cpp's convert_hf_to_gguf.py."
         )
     return _demo_file() if origin.typed == DEMO else shards_of(Path(origin.typed).expanduser())[0]
 
@@ -294,15 +294,33 @@ def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
     else:
         digest = _digest([*files, *_beside_pickles(path)])
     origin = Origin(origin.kind, origin.name, origin.typed, sha256=digest, note=origin.note)
-    target = cache_folder() / f"{origin.kind}-{READER}-{digest[:32]}"
+
+    def make(temporary: Path) -> None:
+        if path.is_file():
+            gguf_to_safetensors(files, temporary)
+        else:
+            _pickles_to_safetensors(path, files, temporary)
+
+    target = kept(
+        f"{origin.kind}-{READER}-{digest[:32]}",
+        make,
+        lambda target: say(f"Reading {path.name} into safetensors (kept in {target})"),
+    )
+    return open_checkpoint(target, origin)
+
+
+def kept(name: str, make: Callable[[Path], None], beginning: Callable[[Path], None]) -> Path:
+    """A folder in the cache, made once.
+
+    make: fills it. beginning: told its path when it has to be made. Raises BadSettings where the
+    cache cannot be written.
+    """
+    target = cache_folder() / name
     if not target.is_dir():
-        say(f"Reading {path.name} into safetensors (kept in {target})")
+        beginning(target)
         try:
             with temporary_sibling(target) as temporary:
-                if path.is_file():
-                    gguf_to_safetensors(files, temporary)
-                else:
-                    _pickles_to_safetensors(path, files, temporary)
+                make(temporary)
                 sync_tree(temporary)
                 _publish(temporary, target)
         except OSError as error:
@@ -310,7 +328,7 @@ def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
                 f"{target.parent} is not writable ({error.strerror or error}); set SURGERY_CACHE "
                 "to a folder that is."
             ) from error
-    return open_checkpoint(target, origin)
+    return target
 
 
 def _publish(temporary: Path, target: Path) -> None:
