@@ -38,7 +38,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/ready-test: $(VENV)/ready
-	$(PIP) -e '.[gguf,sweep,eval,test,lint]'
+	$(PIP) -e '.[gguf,sweep,eval,train,test,lint]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade \
 	  --target $(OLD) transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
 	touch $@
