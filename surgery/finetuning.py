@@ -18,7 +18,7 @@ from surgery.analysis import choose_mask, examine, find_emergence, given_emergen
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint, Origin, open_checkpoint
 from surgery.conversion import Conversion, calibrate_sinks, convert
-from surgery.errors import BadSettings, VerificationFailed
+from surgery.errors import BadSettings
 from surgery.locate import Emergence
 from surgery.lora import (
     LowRank,
@@ -33,7 +33,7 @@ from surgery.manifest import clean_numbers, read_manifest
 from surgery.mask import Mask, attention_targets
 from surgery.names import StoredNames
 from surgery.plan import LOSS_FIGURE
-from surgery.recipe import Recipe, parse_recipe, read_recipe
+from surgery.recipe import BLOCK, Recipe, parse_recipe, read_recipe
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
 from surgery.subject import Subject
@@ -183,12 +183,13 @@ def _prepare(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> 
         if not known.is_file():
             raise BadSettings(f"{output} holds no training to resume.")
         before = json.loads(known.read_text(encoding="utf-8"))
-        differing = sorted(key for key in {*before, *record} if before.get(key) != record.get(key))
+        differing = _differing(before, record)
         if differing:
             raise BadSettings(
                 f"{output} was begun with another recipe ({', '.join(differing)} differ); a "
                 "resumed training must be the same one."
             )
+        known.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         return
     if output.exists():
         if not known.is_file() and (not output.is_dir() or any(output.iterdir())):
@@ -201,6 +202,22 @@ def _prepare(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> 
         shutil.rmtree(output)
     work.mkdir(parents=True)
     known.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+# What may change between a training and its resumption: none of it touches the weights.
+_AFTERWARDS = {"save", "output", "push", "max_degradation", "force"}
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The keys in which two recipes are different trainings."""
+
+    def plain(record: Mapping[str, Any]) -> dict[str, Any]:
+        block = record.get(BLOCK) or {}
+        kept = {key: value for key, value in block.items() if key not in _AFTERWARDS}
+        return {**{key: value for key, value in record.items() if key != BLOCK}, **kept}
+
+    one, other = plain(before), plain(now)
+    return sorted(key for key in {*one, *other} if one.get(key) != other.get(key))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -273,13 +290,28 @@ def _finish(
     reporter: Reporter,
 ) -> FineTuning:
     """Merge, fold, verify and write everything under temporary names, then rename."""
+    part = case.output / ".finishing"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    try:
+        return _finish_in(part, case, trained, emergence, fold_mask, shut, reporter)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _finish_in(
+    part: Path,
+    case: _Case,
+    trained: Trained,
+    emergence: Emergence | None,
+    fold_mask: Mask | None,
+    shut: Mapping[str, tuple[int, ...]],
+    reporter: Reporter,
+) -> FineTuning:
     from surgery.loss_figure import plot_loss
 
     treatment = case.recipe.treatment
     record = _record(case, trained)
-    part = case.output / ".finishing"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
     figure = part / LOSS_FIGURE
     drawn = plot_loss(trained.history, figure, f"{case.checkpoint.origin.name}: {case.recipe.name}")
     if treatment.intervention == "gated_attention":
@@ -291,8 +323,6 @@ def _finish(
         checks = _products(case, trained, emergence, fold_mask, shut, record, part, reporter)
     verification = Verification(tuple(checks))
     reporter.show(verification)
-    if not verification.passed:
-        shutil.rmtree(part)
     verification.require()
     record = {**record, "verification": verification.as_dict()}
     for name in (MODEL, ADAPTER):
@@ -304,7 +334,6 @@ def _finish(
     if drawn:
         os.replace(figure, case.output / "loss.png")
     (case.work / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(part)
     if treatment.push:
         _push(case, places, reporter)
     return FineTuning(
@@ -526,6 +555,3 @@ def _upload(api: Any, folder: Path, repo: str) -> None:
     with _in_one_sentence(repo):
         created = api.create_repo(repo, private=True, exist_ok=True)
         api.upload_folder(repo_id=created.repo_id, folder_path=folder)
-
-
-__all__ = ["FineTuning", "VerificationFailed", "finetune"]

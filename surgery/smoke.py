@@ -119,6 +119,7 @@ def make_small(raw: Mapping[str, Any]) -> dict[str, Any]:
         keys.pop("packing")
     if method == "grpo":
         keys |= {"num_generations": 2, "max_completion_length": 8}
+        keys["per_device_train_batch_size"] = 4  # of two prompts
         keys.pop("max_length")
         for key in ("generation_batch_size", "steps_per_generation"):
             keys.pop(key, None)

@@ -25,6 +25,7 @@ from surgery.resources import resource_folder
 from surgery.review import verify
 from surgery.settings import Reporter
 from surgery.smoke import make_small
+from surgery.training import MaskFigures
 
 Run = Callable[..., Any]
 
@@ -69,12 +70,51 @@ def base_folder() -> Path:
 # --------------------------------------------------------------------------------------------
 
 
+Calls = list[tuple[int, torch.Tensor]]
+
+
+def watched(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Tokens in each call of the first masked layer, and which of them were masked."""
+    calls: Calls = []
+    original = MaskFigures.watch
+
+    def watch(self: Any, layer: int, states: torch.Tensor, positions: torch.Tensor) -> None:
+        if layer == 3:
+            calls.append((states.shape[1], positions.clone()))
+        original(self, layer, states, positions)
+
+    monkeypatch.setattr(MaskFigures, "watch", watch)
+    return calls
+
+
+def check_calls(calls: Calls, name: str) -> None:
+    """One token of each sequence is masked in prefill and training, none in decoding."""
+    if name in ("sft_baseline", "sft_gated_attention"):
+        assert not calls
+        return
+    decoding = [positions for length, positions in calls if length == 1]
+    whole = [positions for length, positions in calls if length > 1]
+    assert all((positions.sum(1) == 1).all() for positions in whole)
+    assert not any(positions.any() for positions in decoding)
+    first = torch.cat([positions.int().argmax(1) for positions in whole])
+    if name == "grpo_math":  # prompts of unequal lengths, padded on the left
+        assert len(decoding) >= 7
+        assert len(first.unique()) > 1
+    else:
+        assert not decoding
+        assert not first.any()
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_shipped_recipes_run(run: Run, tmp_path: Path, name: str) -> None:
+def test_shipped_recipes_run(
+    run: Run, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`surgery finetune recipes/….yaml --smoke`, unchanged; what it writes loads by itself."""
     path = resource_folder("recipes") / f"{name}.yaml"
     out = tmp_path / "out"
+    calls = watched(monkeypatch)
     record = run("finetune", path, "--smoke", "--output", out, "--json").ok().json()
+    check_calls(calls, name)
     assert record["steps"] == 3
     assert record["verification"]["passed"]
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -328,7 +368,11 @@ def test_a_refused_fold_leaves_no_model(tiny: Callable[..., Path], tmp_path: Pat
     with pytest.raises(QualityGate):
         finetune(path, output=tmp_path / "out")
     assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["training"]
-    assert (tmp_path / "out" / "training" / "adapter" / "adapter_model.safetensors").is_file()
+    path = gemma(tiny, tmp_path, fold_scope="all", rate=0.8, force=True, max_degradation=0.0)
+    result = finetune(path, output=tmp_path / "out", resume=True)  # no step is trained again
+    assert result is not None
+    assert result.trained.steps == 2
+    assert "--force" in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
 def test_gated_attention_is_refused_a_fold(tmp_path: Path) -> None:
