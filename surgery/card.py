@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from surgery import plain_yaml
 from surgery.manifest import Manifest
 from surgery.plan import UNDO
 from surgery.resources import resource_folder
@@ -48,8 +49,6 @@ _LABELS = {
 
 def front_matter(path: Path) -> dict[str, Any]:
     """The YAML metadata of a card; empty when there is none or it is not valid."""
-    import yaml
-
     if not path.is_file():
         return {}
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -57,29 +56,10 @@ def front_matter(path: Path) -> dict[str, Any]:
         return {}
     block = text[3:].split("\n---", 1)[0]
     try:
-        loaded = yaml.load(block, _loader())
-    except (yaml.YAMLError, RecursionError, ValueError):
+        loaded = plain_yaml.load(block, as_the_hub=True)
+    except ValueError:
         return {}
     return loaded if isinstance(loaded, dict) else {}
-
-
-def _loader() -> Any:
-    """YAML as the Hub reads it: `no` is a language, not a truth value, and dates are text."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Without the resolvers of YAML 1.1 that the Hub does not have."""
-
-    Loader.yaml_implicit_resolvers = {
-        first: [
-            (tag, pattern)
-            for tag, pattern in resolvers
-            if tag != "tag:yaml.org,2002:timestamp"
-            and not (tag == "tag:yaml.org,2002:bool" and first not in "tTfF")
-        ]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    return Loader
 
 
 def card_metadata(manifest: Manifest, base: Mapping[str, Any]) -> dict[str, Any]:

@@ -130,11 +130,15 @@ class _Reader:
         self.position += struct.calcsize("<" + form)
         return value
 
+    def skip(self, count: int) -> None:
+        self.position += count
+        if self.position > len(self.view):
+            raise struct.error("a value is longer than the file")
+
     def string(self) -> str:
         length = self.take("Q")
-        begin, self.position = self.position, self.position + length
-        if self.position > len(self.view):
-            raise struct.error("a string is longer than the file")
+        begin = self.position
+        self.skip(length)
         return self.view[begin : self.position].decode("utf-8")
 
     def skip_array(self) -> None:
@@ -142,18 +146,15 @@ class _Reader:
         if count > _LONGEST:
             raise struct.error("an array is longer than any can be")
         if kind in _SCALARS:
-            self.position += count * struct.calcsize("<" + _SCALARS[kind])
+            self.skip(count * struct.calcsize("<" + _SCALARS[kind]))
         elif kind == _STRING:
             for _ in range(count):
-                length = self.take("Q")
-                self.position += length
+                self.skip(self.take("Q"))
         elif kind == _ARRAY:
             for _ in range(count):
                 self.skip_array()
         else:
             raise struct.error(f"an array has elements of the unknown type {kind}")
-        if self.position > len(self.view):
-            raise struct.error("an array is longer than the file")
 
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
@@ -178,7 +179,7 @@ def read_gguf(path: Path) -> GgufFile:
                 return _read(path, size, _Reader(view))
     except OSError as error:
         raise BadCheckpoint(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (struct.error, UnicodeDecodeError) as error:
+    except (struct.error, UnicodeDecodeError, RecursionError) as error:
         raise BadCheckpoint(f"{path} is damaged or truncated: {error}.") from error
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from surgery import plain_yaml
 from surgery.anatomy import FOLDS
 from surgery.errors import BadSettings, SurgeryError
 from surgery.loading import quiet
@@ -145,25 +146,12 @@ class Recipe:
 
 def read_recipe(path: Path) -> dict[str, Any]:
     """The keys of a recipe file; BadSettings where it is no plain YAML map."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Plain data only, and no key twice."""
-
-    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        keys = [loader.construct_object(key) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise BadSettings(f"{path}: the key {twice!r} appears twice.")
-        return dict(yaml.SafeLoader.construct_mapping(loader, node, deep=True))
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        found = plain_yaml.load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise BadSettings(f"The recipe {path} cannot be read: {error}.") from error
-    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
-        raise BadSettings(f"The recipe {path} is not valid YAML: {_line(error)}.") from error
+    except ValueError as error:
+        raise BadSettings(f"The recipe {path} is not valid YAML: {error}.") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise BadSettings(f"The recipe {path} is no map of keys to values.")
     return found

@@ -1,0 +1,170 @@
+"""Every parser that meets a stranger's bytes, each as a function of bytes.
+
+A target returns, or raises a SurgeryError of one sentence. Whatever else it raises is a finding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+from surgery import anatomy, card, checkpoint, families, gguf_file, manifest, recipe, results
+from surgery.checkpoint import Checkpoint, Origin, TensorEntry
+from surgery.errors import BadCheckpoint, SurgeryError
+
+# What a message may at most be long: it must not repeat a whole hostile file.
+LONGEST_MESSAGE = 20_000
+
+
+class _Bytes:
+    """One file in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def size(self, file: str) -> int:
+        return len(self.data)
+
+    def read(self, file: str, begin: int, end: int) -> bytes:
+        raw = self.data[begin:end]
+        if len(raw) != end - begin:
+            raise BadCheckpoint(f"{file} ends early; fetch it again.")
+        return raw
+
+
+@lru_cache(maxsize=1)
+def _folder() -> Path:
+    """A folder in memory where there is one, kept as long as the process lives."""
+    shared = Path("/dev/shm")
+    base = shared if shared.is_dir() and os.access(shared, os.W_OK) else None
+    folder = Path(tempfile.mkdtemp(prefix="surgery-fuzz-", dir=base))
+    import atexit
+
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _file(name: str, data: bytes) -> Path:
+    path = _folder() / name
+    path.write_bytes(data)
+    return path
+
+
+def safetensors(data: bytes) -> None:
+    """A safetensors file, of which the header is read."""
+    checkpoint.parse_header(_Bytes(data), "model.safetensors")  # type: ignore[arg-type]
+
+
+def index(data: bytes) -> None:
+    """A checkpoint's index over one small shard."""
+    folder = _folder() / "index"
+    if not folder.is_dir():
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        header = b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'
+        shard = len(header).to_bytes(8, "little") + header + b"x"
+        (folder / "model-00001-of-00001.safetensors").write_bytes(shard)
+    (folder / "model.safetensors.index.json").write_bytes(data)
+    checkpoint.open_checkpoint(folder, Origin("directory", "x", "x"))
+
+
+def config(data: bytes) -> None:
+    """A config.json, from which the anatomy is described."""
+    found = checkpoint.read_json(_file("config.json", data))
+    shapes = {
+        f"model.layers.{layer}.{name}.weight": shape
+        for layer in range(3)
+        for name, shape in {
+            "input_layernorm": (8,),
+            "self_attn.q_proj": (8, 8),
+            "self_attn.k_proj": (4, 8),
+            "self_attn.v_proj": (4, 8),
+            "self_attn.qkv_proj": (16, 8),
+        }.items()
+    }
+    tensors = {
+        name: TensorEntry(name, "F32", shape, "model.safetensors", 0, 0)
+        for name, shape in shapes.items()
+    }
+    opened = Checkpoint(_folder(), _ORIGIN, found, ("model.safetensors",), tensors, ())
+    anatomy.depth_of(found)
+    anatomy.width_of(found)
+    anatomy.describe(opened)
+
+
+_ORIGIN = Origin("directory", "x", "x")
+
+
+def gguf(data: bytes) -> None:
+    """A GGUF file, of which metadata and tensor records are read."""
+    gguf_file.read_gguf(_file("model.gguf", data))
+
+
+def surgery_json(data: bytes) -> None:
+    """A manifest, and the edits it describes."""
+    manifest.parse_manifest(checkpoint.read_json(_file("surgery.json", data)), "surgery.json")
+
+
+def recipe_yaml(data: bytes) -> None:
+    """A training recipe, up to the point where TRL takes over."""
+    raw = recipe.read_recipe(_file("recipe.yaml", data))
+    recipe._treatment(raw.get(recipe.BLOCK), "recipe.yaml")
+
+
+def model_card(data: bytes) -> None:
+    """The base's model card, of which the front matter is inherited."""
+    card.front_matter(_file("README.md", data))
+
+
+def results_json(data: bytes) -> None:
+    """A results file for a card."""
+    found = checkpoint.read_json(_file("results.json", data))
+    try:
+        results.check_results(found)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:  # as results_for does
+        raise BadCheckpoint(f"damaged: {error!r}"[:200]) from error
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "safetensors": safetensors,
+    "index": index,
+    "config": config,
+    "gguf": gguf,
+    "surgery_json": surgery_json,
+    "recipe_yaml": recipe_yaml,
+    "model_card": model_card,
+    "results_json": results_json,
+}
+
+
+def attempt(name: str, data: bytes) -> bool:
+    """Whether a target took the bytes; False after one sentence, anything else is raised."""
+    try:
+        TARGETS[name](data)
+    except SurgeryError as error:
+        message = str(error)
+    else:
+        return True
+    assert message.strip(), "an error without words"
+    assert len(message) < LONGEST_MESSAGE, f"{len(message)} characters of message"
+    return False
+
+
+def seeds(name: str) -> list[bytes]:
+    """Inputs to begin with: whole ones, and what once went wrong."""
+    kept = sorted((Path(__file__).parent / "corpus" / name).glob("*"))
+    made = []
+    if name == "config":
+        made = [
+            json.dumps({"model_type": family.model_types[0], **_SMALL}).encode()
+            for family in families.FAMILIES
+        ]
+    return [path.read_bytes() for path in kept] + made
+
+
+_SMALL = {"num_hidden_layers": 3, "hidden_size": 8, "num_attention_heads": 2}
