@@ -412,6 +412,7 @@ def _sweep_lines(axes: Any, rows: Sequence[Row]) -> None:
     scores = [row.score for row in rows if row.score is not None]
     if min(scores) > 0 and max(scores) > 5 * min(scores):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        wide = max(scores) > 1e4 * min(scores)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _place: f"{value:,.5g}"))
