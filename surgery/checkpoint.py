@@ -251,8 +251,10 @@ def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) 
             f"{folder} has no config.json, so it is not a Hugging Face checkpoint; "
             "give a folder or a Hub id that holds one."
         )
+    check_links(folder, ("config.json", INDEX))
     config = read_json(folder / "config.json")
     weight_files, weight_map = _weight_files(folder)
+    check_links(folder, weight_files)
     if remote is None and weight_map is None and not (folder / SINGLE).is_file():
         raise BadCheckpoint(_missing_weights(folder))
     ranges = remote if remote is not None else LocalFiles(folder)
@@ -269,6 +271,7 @@ def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) 
     if weight_map is not None:
         _compare_index(weight_map, tensors)
     side_files, left_out = other_files(folder, set(weight_files))
+    check_links(folder, side_files)
     for name in side_files:
         path = folder / name
         if not path.is_file():  # reading from a pipe, say, would wait for ever
@@ -277,6 +280,23 @@ def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) 
     return Checkpoint(
         folder, origin, config, weight_files, tensors, side_files, left_out, sizes, remote
     )
+
+
+def check_links(folder: Path, names: Iterable[str]) -> None:
+    """Raise BadCheckpoint for a file that is a link to somewhere outside its checkpoint.
+
+    A stranger's checkpoint must not make this program read, and publish, a file of its user's.
+    The Hub's cache is made of links to blobs beside its snapshots; those belong to it.
+    """
+    root = folder.resolve()
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    for name in names:
+        target = (folder / name).resolve()
+        if not target.is_relative_to(root) and target.parent != blobs:
+            raise BadCheckpoint(
+                f"{folder / name} is a link out of its checkpoint, to {target}; put the file "
+                "itself there."
+            )
 
 
 def _weight_files(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
@@ -317,24 +337,32 @@ def other_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple
     kept: list[str] = []
     left: list[str] = []
     for name in _walk(folder):
-        top = name.split("/", 1)[0]
-        base = name.rsplit("/", 1)[-1]
         if name in weights:
             continue
-        if name == INDEX:
+        if carried(name):
             kept.append(name)
-        elif top in _OTHER_FOLDERS and "/" in name:
-            if not top.startswith("."):
-                left.append(name)
-        elif _OTHER_WEIGHTS.search(base) and base not in _NOT_WEIGHTS:
+        elif not (name.startswith(".") and name.split("/", 1)[0] in _OTHER_FOLDERS):
             left.append(name)
-        else:
-            kept.append(name)
     return tuple(kept), tuple(left)
+
+
+def carried(name: str) -> bool:
+    """Whether a file that is no weight file of a checkpoint belongs to it, by its path."""
+    if name == INDEX:
+        return True
+    top, base = name.split("/", 1)[0], name.rsplit("/", 1)[-1]
+    if top in _OTHER_FOLDERS and "/" in name:
+        return False
+    return not _OTHER_WEIGHTS.search(base) or base in _NOT_WEIGHTS
 
 
 def _walk(folder: Path) -> Iterable[str]:
     for root, directories, files in os.walk(folder):
         directories.sort()
+        for name in directories:
+            if (Path(root) / name).is_symlink():
+                raise BadCheckpoint(
+                    f"{Path(root) / name} is a link to a folder; put the folder itself there."
+                )
         for file in sorted(files):
             yield (Path(root) / file).relative_to(folder).as_posix()

@@ -142,7 +142,7 @@ def convert(
     if form == "checkpoint":
         check_output(checkpoint.folder, target, overwrite=overwrite)
     mask_size(settings.rate, width_of(checkpoint.config))
-    _check_given_layers(settings, depth_of(checkpoint.config))
+    check_given_layers(settings, depth_of(checkpoint.config))
     require_editable(checkpoint, settings.fold, settings.strength, form)
     analysed = checkpoint if _needs_no_weights(settings) else dequantised(checkpoint, reporter.say)
     anatomy = examine(analysed, check=settings.check, trust_remote_code=settings.trust_remote_code)
@@ -184,7 +184,7 @@ def convert(
         hidden_size=anatomy.hidden_size,
         depth=anatomy.depth,
         anatomy=anatomy.known_from,
-        settings=_recorded(settings),
+        settings=recorded(settings),
         strength=mask.strength,
         dimensions={layer: list(mask.dimensions[layer]) for layer in mask.layers},
         edits=records(plan.checkpoint, plan.edits),
@@ -232,7 +232,7 @@ def default_output(checkpoint: Checkpoint, settings: Settings) -> Path:
     return Path(f"{name}-wemask-{'-'.join(parts)}")
 
 
-def _recorded(settings: Settings) -> dict[str, Any]:
+def recorded(settings: Settings) -> dict[str, Any]:
     """Settings as the manifest keeps them: paths of this machine say nothing elsewhere."""
     kept = asdict(settings)
     kept["layers"] = list(settings.layers) if settings.layers is not None else None
@@ -240,7 +240,8 @@ def _recorded(settings: Settings) -> dict[str, Any]:
     return kept
 
 
-def _check_given_layers(settings: Settings, depth: int) -> None:
+def check_given_layers(settings: Settings, depth: int) -> None:
+    """Raise BadSettings for layers that the model has not."""
     if settings.layer is not None and not 0 <= settings.layer < depth - 1:
         raise BadSettings(
             f"--layer {settings.layer} is not a layer with one after it: the model has layers 0 to "

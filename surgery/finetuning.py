@@ -550,8 +550,8 @@ def _push(case: _Case, places: Mapping[str, Path | None], reporter: Reporter) ->
 
 
 def _upload(api: Any, folder: Path, repo: str) -> None:
-    from surgery.hub import _in_one_sentence
+    from surgery.hub import in_one_sentence
 
-    with _in_one_sentence(repo):
+    with in_one_sentence(repo):
         created = api.create_repo(repo, private=True, exist_ok=True)
         api.upload_folder(repo_id=created.repo_id, folder_path=folder)

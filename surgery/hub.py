@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from surgery.errors import BadSettings, SurgeryError, VerificationFailed
 from surgery.manifest import read_manifest
 from surgery.source import unreachable
 from surgery.verification import verify_files
+
+_STALE = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf")
 
 
 @dataclass(frozen=True)
@@ -46,11 +49,9 @@ def push(
     check = verify_files(path, manifest.files)
     if not check.passed:
         raise VerificationFailed(f"{path} will not be pushed: {check.detail}.")
-    if repo.count("/") > 1 or not repo.strip("/"):
-        raise BadSettings(f"{repo!r} is not a Hub repository; write it as user/name.")
     api = huggingface_hub.HfApi()
-    with _in_one_sentence(repo):
-        created = api.create_repo(repo, private=not public, exist_ok=True)
+    with in_one_sentence(repo):
+        created = api.create_repo(repository_name(repo), private=not public, exist_ok=True)
         name = created.repo_id
         if revision is not None and not create_pr:
             api.create_branch(name, branch=revision, exist_ok=True)
@@ -62,7 +63,7 @@ def push(
             commit_message=message or f"Upload {path.name}, made by {manifest.tool}",
             ignore_patterns=[".cache/*", "**/.cache/*"],
             # Deletions never touch what is uploaded: only what earlier uploads left behind.
-            delete_patterns=["*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf"],
+            delete_patterns=list(_STALE),
         )
         private = api.model_info(name, revision=None).private
     return Pushed(
@@ -73,8 +74,21 @@ def push(
     )
 
 
+def repository_name(repo: str) -> str:
+    """The name of a repository; BadSettings for what cannot be one."""
+    if repo.count("/") > 1 or not repo.strip("/"):
+        raise BadSettings(f"{repo!r} is not a Hub repository; write it as user/name.")
+    return repo
+
+
+def stale_files(present: Iterable[str]) -> list[str]:
+    """Weight files among those in a repository, which a new upload replaces or removes."""
+    return [name for name in present if any(fnmatch(name, pattern) for pattern in _STALE)]
+
+
 @contextmanager
-def _in_one_sentence(repo: str) -> Iterator[None]:
+def in_one_sentence(repo: str) -> Iterator[None]:
+    """What the Hub and its client raise on uploading, as one SurgeryError."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     try:

@@ -168,7 +168,8 @@ def four_bit(parts: Parts, _settings: Mapping[str, Any]) -> Weight:
 
 def eight_bit(parts: Parts, _settings: Mapping[str, Any]) -> Weight:
     """bitsandbytes' int8: a scale per row, for the largest of its values."""
-    return parts["weight"].astype(np.float32) * (parts["SCB"].astype(np.float32)[:, None] / 127)
+    scale: Weight = parts["SCB"].astype(np.float32)[:, None] / np.float32(127)
+    return parts["weight"].astype(np.float32) * scale
 
 
 @dataclass(frozen=True)

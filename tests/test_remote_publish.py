@@ -1,0 +1,156 @@
+"""Publishing without the download: what changed is sent, the rest copied on the server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+from hub_server import HubServer
+
+from surgery.checkpoint import Origin, open_checkpoint
+
+Run = Callable[..., Any]
+ARGS = ["convert", "some/model", "--push-to-hub", "me/masked", "--remote"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_models.save(
+        "llama", tmp_path_factory.mktemp("hub") / "model", layer=3, layers=14, shards=6
+    )
+    (folder / "pytorch_model.bin").write_bytes(b"another copy of the weights")
+    (folder / "images").mkdir()
+    (folder / "images" / "logo.png").write_bytes(b"a picture")
+    return folder
+
+
+def shard_of(source: Path) -> str:
+    """The file that a norm fold after layer 3 changes."""
+    base = open_checkpoint(source, Origin("directory", "base", "base"))
+    return base.tensors["model.layers.4.input_layernorm.weight"].file
+
+
+@pytest.fixture
+def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import HfFileSystem
+
+    with HubServer(tmp_path / "server") as server:
+        server.add_repo("some/model", source)
+        for name, value in server.env().items():
+            monkeypatch.setenv(name, value)
+        for name, value in server.patches().items():
+            monkeypatch.setattr(name, value, raising=False)
+        HfFileSystem.clear_instance_cache()
+        (tmp_path / "work").mkdir()
+        monkeypatch.chdir(tmp_path / "work")
+        yield server
+
+
+def same_as_ordinary(hub: HubServer, run: Run, tmp_path: Path) -> Path:
+    """The published files are those of an ordinary conversion; returns that one's folder."""
+    out = tmp_path / "out"
+    run("convert", "some/model", "--layer", 3, "--no-check", "-o", out, "--quiet").ok()
+    served = hub.files("me/masked")
+    ordinary = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
+    assert set(served) == set(ordinary) | {".gitattributes"}
+    for name, path in ordinary.items():
+        if name not in ("README.md", "surgery.json", ".gitattributes"):
+            assert served[name].read_bytes() == path.read_bytes(), name
+    return out
+
+
+def test_only_what_changed_travels(hub: HubServer, source: Path, run: Run, tmp_path: Path) -> None:
+    weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    shard = (source / shard_of(source)).stat().st_size
+    sent, received = hub.bytes_sent, hub.bytes_received
+    told = run(*ARGS, "--layer", 3, "--json").ok().json()
+    small = 120_000  # tokenizer, headers, listings, card, manifest
+    assert hub.bytes_received - received < shard + small
+    assert hub.bytes_sent - sent < shard + 2 * small
+    assert told["bytes_total"] == weights
+    assert shard < told["bytes_sent"] < shard + small
+    assert shard < told["bytes_read"] < shard + 2 * small
+    assert told["pushed"]["private"]
+    assert not list((tmp_path / "work").iterdir())
+    out = same_as_ordinary(hub, run, tmp_path)
+    again = tmp_path / "again"
+    for name, path in hub.files("me/masked").items():
+        if name != ".gitattributes":
+            (again / name).parent.mkdir(parents=True, exist_ok=True)
+            (again / name).write_bytes(path.read_bytes())
+    published = json.loads((again / "surgery.json").read_text())
+    ordinary = json.loads((out / "surgery.json").read_text())
+    for key in ("base", "dimensions", "edits", "replaced"):
+        assert published[key] == ordinary[key], key
+    hashes = [{f["name"]: f["sha256"] for f in m["files"]} for m in (published, ordinary)]
+    for name in set(hashes[1]) - {"README.md", ".gitattributes"}:
+        assert hashes[0][name] == hashes[1][name], name
+    # What was published proves itself, and goes back.
+    run("verify", again).ok()
+    run("revert", again, "-o", tmp_path / "back").ok()
+    for path in source.glob("*.safetensors"):
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_located_on_the_way_and_stale_files_removed(
+    hub: HubServer, run: Run, tmp_path: Path
+) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "model-00009-of-00009.safetensors").write_bytes(b"old")
+    (old / "notes.txt").write_text("mine")
+    hub.add_repo("me/masked", old)
+    done = run(*ARGS).ok()
+    assert "the quality gate did not run" in " ".join(done.stdout.split())
+    served = hub.files("me/masked")
+    assert "model-00009-of-00009.safetensors" not in served
+    assert "pytorch_model.bin" not in served
+    assert "notes.txt" in served
+    manifest = json.loads(served["surgery.json"].read_text())
+    assert manifest["emergence"]["layer"] == 3
+    assert "surgery_layers.png" in served
+
+
+def test_the_ordinary_way_where_copying_is_refused(
+    hub: HubServer, run: Run, tmp_path: Path
+) -> None:
+    hub.fail(r"POST .*/lfs-files/duplicate", 403)
+    done = run(*ARGS, "--layer", 3, "--force", "--check-tokens", 256).ok()
+    assert "uploading everything instead" in " ".join(done.stderr.split())
+    same_as_ordinary(hub, run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--fold", "sink"], "leave it out"),
+        (["--select", "activation"], "leave it out"),
+        (["-o", "out"], "writes nothing here"),
+    ],
+)
+def test_what_needs_the_whole_model(hub: HubServer, run: Run, more: list[str], words: str) -> None:
+    done = run(*ARGS, *more)
+    assert done.code == 2
+    assert words in " ".join(done.stderr.split())
+    assert not any(request.method == "POST" for request in hub.requests)
+
+
+def test_only_models_on_the_hub(hub: HubServer, source: Path, run: Run) -> None:
+    assert "for models on the Hub" in run("convert", source, *ARGS[2:]).sentence()
+
+
+def test_nothing_is_committed_on_damage(hub: HubServer, source: Path, run: Run) -> None:
+    """A shard that does not arrive as its hash announces."""
+    stored = hub.files("some/model")[shard_of(source)]
+    raw = bytearray(stored.read_bytes())
+    raw[-3] ^= 1
+    stored.unlink()  # a link to the source
+    stored.write_bytes(bytes(raw))
+    done = run(*ARGS, "--layer", 3, "--quiet")
+    assert done.code == 7
+    assert "another sha256" in done.stderr
+    assert "me/masked" not in hub.repos
