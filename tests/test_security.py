@@ -1,0 +1,190 @@
+"""What SECURITY.md promises and no other test shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny_models
+from conftest import Run, Tiny
+from hub_server import HubServer
+
+import surgery
+
+CANARY = "hf_canary_do_not_tell_0123456789"
+QUICK = ("--layer", "3", "--no-check", "--quiet")
+
+
+def test_remote_code_runs_only_when_asked_for(tiny_copy: Tiny, tmp_path: Path, run: Run) -> None:
+    folder, trap = tiny_copy(), tmp_path / "trap"
+    (folder / "modeling_evil.py").write_text(f"open({str(trap)!r}, 'w').close()\nclass Evil: ...\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for command in (("analyze", folder), ("convert", folder, "-o", tmp_path / "out")):
+        sentence = run(*command, "--quiet").sentence()
+        assert "--trust-remote-code" in sentence
+        assert not trap.exists()
+    # The trap would have worked.
+    run("analyze", folder, "--quiet", "--trust-remote-code")
+    assert trap.exists()
+
+
+def test_templates_of_a_model_are_never_rendered(tiny_copy: Tiny, tmp_path: Path, run: Run) -> None:
+    """A hostile chat template and a card full of Jinja: carried and quoted, not obeyed."""
+    folder, trap = tiny_copy(), tmp_path / "trap"
+    call = "cycler.__init__.__globals__.os.system('touch " + str(trap) + "')"
+    (folder / "chat_template.jinja").write_text("{{ " + call + " }}")
+    card = "---\nlicense: '{{ " + call.replace("'", "''") + " }}'\n---\n{{ " + call + " }}\n"
+    (folder / "README.md").write_text(card)
+    run("convert", folder, "--layer", "3", "--check-tokens", "256", "-o", tmp_path / "out").ok()
+    run("card", tmp_path / "out").ok()
+    assert not trap.exists()
+    written = (tmp_path / "out" / "chat_template.jinja").read_text()
+    assert written == (folder / "chat_template.jinja").read_text()
+
+
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m"
+
+
+def test_no_escape_sequence_reaches_the_terminal(tiny_copy: Tiny, tmp_path: Path, run: Run) -> None:
+    """From file names, configuration values, card text and error messages."""
+    folder = tiny_copy()
+    (folder / f"notes{ESCAPES}.bin").write_bytes(b"x")
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = [f"Llama{ESCAPES}"]
+    (folder / "README.md").write_text(f"---\nlicense: other\nlicense_name: a{ESCAPES}b\n---\n")
+    outcomes = [run("convert", folder, *QUICK[:-1], "-o", tmp_path / "out")]
+    outcomes.append(run("inspect", tmp_path / "out"))
+    config["model_type"] = f"llama{ESCAPES}"
+    (folder / "config.json").write_text(json.dumps(config))
+    outcomes.append(run("analyze", folder))
+    outcomes.append(run("convert", folder, "-o", tmp_path / "other"))
+    assert [outcome.code == 0 for outcome in outcomes] == [True, True, False, False]
+    for outcome in outcomes:
+        assert not set("\x1b\x07\x9b") & set(outcome.stdout + outcome.stderr)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_are_the_users(mask: int, tiny: Tiny, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        surgery.convert(str(tiny()), layer=3, check=False, output=tmp_path / "out")
+    finally:
+        os.umask(before)
+    paths = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    for path in paths:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode & mask == 0, (path, oct(mode))
+        assert not mode & 0o7000
+        assert path.is_dir() or not mode & 0o111
+
+
+@contextmanager
+def arguments_seen() -> Iterator[set[str]]:
+    """The arguments of every process of ours while the block runs, looked at again and again."""
+    watcher = subprocess.Popen(
+        [sys.executable, "-c", _WATCHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    seen: set[str] = set()
+    try:
+        yield seen
+    finally:
+        output, _ = watcher.communicate("")
+        seen.update(output.splitlines())
+
+
+_WATCHER = """
+import glob, sys, threading, os
+seen, end = set(), threading.Event()
+threading.Thread(target=lambda: (sys.stdin.read(), end.set()), daemon=True).start()
+while not end.wait(0.02):
+    for path in glob.glob("/proc/[0-9]*/cmdline"):
+        try:
+            seen.add(open(path, "rb").read().replace(b"\\0", b" ").decode(errors="replace"))
+        except OSError:
+            pass
+print("\\n".join(line.replace("\\n", " ") for line in seen))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="there is no /proc here")
+def test_the_token_is_told_to_nobody(tmp_path: Path) -> None:
+    """Every command that speaks to the Hub, succeeding and failing, with a token to betray."""
+    source = tiny_models.save("llama", tmp_path / "tiny")
+    work = tmp_path / "work"
+    work.mkdir()
+    texts: list[str] = []
+
+    def call(*words: str, code: int = 0) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "surgery", *words],
+            capture_output=True,
+            text=True,
+            cwd=work,
+            env=environment,
+            check=False,
+        )
+        assert done.returncode == code, (words, done.stderr)
+        assert "Traceback" not in done.stderr
+        texts.extend((done.stdout, done.stderr))
+
+    with HubServer(tmp_path / "server", token=CANARY) as hub, arguments_seen() as arguments:
+        environment = {
+            **os.environ,
+            **hub.env(),
+            "HF_TOKEN": CANARY,
+            "HF_HOME": str(work / "home"),
+            "OMP_NUM_THREADS": "1",
+        }
+        hub.add_repo("a/model", source, private=True)
+        call("analyze", "a/model", "--json")
+        call("convert", "a/model", "--layer", "3", "--no-check", "-o", "out")
+        call("push", "out", "tester/model", "--json")
+        call("card", "out")
+        call("inspect", "out", "--json")
+        call("reproduce", "out")
+        call("analyze", "a/nothing", code=7)
+        hub.fail(r".*", 500, times=200)
+        call("push", "out", "tester/again", code=1)
+        time.sleep(0.1)
+    assert any("push" in line for line in arguments)
+    for text in [*texts, *arguments]:
+        assert CANARY not in text
+    for path in work.rglob("*"):
+        if path.is_file():
+            assert CANARY.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json"])
+def test_a_download_that_is_not_what_the_hub_states(name: str, tmp_path: Path) -> None:
+    """A byte that changed on the way or in the cache, where no header shows it."""
+    source = tiny_models.save("llama", tmp_path / "tiny")
+    with HubServer(tmp_path / "server", token=CANARY) as hub:
+        hub.add_repo("a/model", source)
+        path = hub.files("a/model")[name]
+        raw = bytearray(path.read_bytes())
+        raw[-3] ^= 1
+        path.unlink()  # it may be linked to the source
+        path.write_bytes(raw)
+        environment = {**os.environ, **hub.env(), "HF_HOME": str(tmp_path / "home")}
+        done = subprocess.run(
+            [sys.executable, "-m", "surgery", "convert", "a/model", *QUICK, "-o", "out"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=environment,
+            check=False,
+        )
+    assert done.returncode == 7, done.stderr
+    assert "damaged on its way from the Hub" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
