@@ -30,7 +30,7 @@ from surgery.mask import Mask, attention_targets, mask_size
 from surgery.plan import CARD, FIGURE, UNDO, Plan, check_output, make_plan
 from surgery.quantised import dequantised, loadable, require_editable
 from surgery.settings import SILENT, Reporter, Settings
-from surgery.source import resolve
+from surgery.source import check_downloads, resolve
 from surgery.staging import remove_stale
 from surgery.subject import Subject, calibration_windows, heldout_windows
 from surgery.undo import replaced_files, write_undo
@@ -329,6 +329,7 @@ def _write(
     with staging(plan.output, checkpoint.folder, overwrite=plan.overwrite) as folder:
         with reporter.bar("Writing", plan.bytes_written) as advance:
             written = copy_plan(plan, folder, advance)
+        check_downloads(checkpoint, {w.name: w.source_sha256 for w in written})
         figure = emergence is not None and bool(emergence.rows)
         if figure and emergence is not None:
             from surgery.figures import plot_layers
