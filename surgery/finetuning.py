@@ -32,7 +32,7 @@ from surgery.lora import (
 from surgery.manifest import clean_numbers, read_manifest
 from surgery.mask import Mask, attention_targets
 from surgery.names import StoredNames
-from surgery.plan import LOSS_FIGURE
+from surgery.plan import CARD, LOSS_FIGURE, Plan
 from surgery.recipe import BLOCK, Recipe, parse_recipe, read_recipe
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
@@ -347,6 +347,18 @@ def _finish_in(
     )
 
 
+class _Within(Reporter):
+    """A step of ours told like the others: its files are not final, its checks come with ours."""
+
+    def __init__(self, outer: Reporter) -> None:
+        self.say, self.bar = outer.say, outer.bar  # type: ignore[method-assign]
+        self._outer = outer
+
+    def show(self, result: Any) -> None:
+        if not isinstance(result, Plan | Verification):
+            self._outer.show(result)
+
+
 def _publish(folder: Path, target: Path) -> Path | None:
     if not folder.is_dir():
         return None
@@ -375,7 +387,8 @@ def _products(
     checks = [verify_closed(updates, shut)] if shut else []
     folded = merged
     if fold_mask is not None:
-        conversion = _fold(case, merged, part / MODEL, fold_mask, emergence, reporter)
+        folding = _Within(reporter)
+        conversion = _fold(case, merged, part / MODEL, fold_mask, emergence, folding)
         folded = conversion.output
         assert conversion.verification is not None
         checks += conversion.verification.checks
@@ -545,6 +558,9 @@ def _push(case: _Case, places: Mapping[str, Path | None], reporter: Reporter) ->
         if base is not None:
             pushed = push(base, f"{named}-base")
             name_base(adapter, f"{named}-base", pushed.commit)
+            card = (adapter / CARD).read_text(encoding="utf-8")
+            card = card.replace(f"`{base}`", f"`{named}-base` at revision {pushed.commit}")
+            (adapter / CARD).write_text(card, encoding="utf-8")
         reporter.say(f"Uploading to {named}")
         _upload(huggingface_hub.HfApi(), adapter, named)
 

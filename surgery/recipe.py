@@ -222,10 +222,13 @@ def _refuse_trained_modules(keys: Mapping[str, Any], name: str) -> None:
 
 def _kinds(method: str) -> tuple[Any, ...]:
     try:
+        import datasets  # noqa: F401
+        import peft  # noqa: F401
         import trl
     except ImportError as error:
         raise SurgeryError(
-            "Training needs further packages: pip install 'wemask-surgery[train]'"
+            "Training needs further packages, or newer ones: pip install 'wemask-surgery[train]' "
+            f"({_line(error)})."
         ) from error
     configs = {"sft": "SFTConfig", "dpo": "DPOConfig", "grpo": "GRPOConfig"}
     return (

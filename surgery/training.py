@@ -125,6 +125,8 @@ def train(
         figures.start.update(_read_start(last))
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
+        # Libraries warn about names that other libraries still use; a user can do nothing about it.
+        warnings.simplefilter("ignore", FutureWarning)
         if mask is not None and figures is not None:
             stack.enter_context(
                 wemask(
@@ -144,8 +146,6 @@ def train(
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         _refuse_trained_norms(trainer.model, anatomy)
         begun = time.monotonic()
-        # Libraries warn about names that other libraries still use; a user can do nothing about it.
-        warnings.simplefilter("ignore", FutureWarning)
         with _progress(trainer, figures, reporter):
             if last is not None:
                 reporter.say(f"Resuming from {last.name}")

@@ -13,8 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_models
 import yaml
+from hub_server import HubServer
 from safetensors.numpy import load_file
+from script import run_script
 
 from surgery.finetuning import finetune
 from surgery.recipe import read_recipe
@@ -93,10 +96,104 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["dpo_safety", "grpo_math"])
-def test_a_killed_preference_or_reinforcement_training_resumes(tmp_path: Path, name: str) -> None:
-    recipe = recipe_file(tmp_path / "r.yaml", name, lora_dropout=0.1, save_steps=4, max_steps=7)
+def test_a_killed_preference_training_resumes(tmp_path: Path) -> None:
+    recipe = recipe_file(
+        tmp_path / "r.yaml", "dpo_safety", lora_dropout=0.1, save_steps=4, max_steps=7
+    )
     kill_and_resume(tmp_path, recipe, 4)
+
+
+@pytest.mark.full
+def test_an_interrupted_reinforcement_training_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rollouts are sampled, so the generators of random numbers go on where they stopped.
+
+    Six layers never find an exact answer; here longer words are rewarded, so that there is
+    something to learn.
+    """
+    recipe = recipe_file(
+        tmp_path / "r.yaml", "grpo_math", lora_dropout=0.1, save_steps=3, max_steps=5
+    )
+    calls = []
+    stop_at = 0
+
+    def reward(completions: list[Any], **_columns: Any) -> list[float]:
+        calls.append(completions)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return [len(turns[-1]["content"]) / 10 for turns in completions]
+
+    monkeypatch.setattr("surgery.rewards.exact_answer", reward)
+    finetune(recipe, output=tmp_path / "whole")
+    whole = list(calls)
+    calls.clear()
+    stop_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe, output=tmp_path / "broken")
+    stop_at = 0
+    finetune(recipe, output=tmp_path / "broken", resume=True)
+    assert calls[5:] == whole[3:]  # the same completions
+    one, other = trained(tmp_path / "whole"), trained(tmp_path / "broken")
+    assert any(np.abs(value).max() > 1e-3 for name, value in one.items() if "lora_B" in name)
+    for name, value in one.items():
+        assert np.array_equal(value, other[name]), name
+
+
+# --------------------------------------------------------------------------------------------
+# From the Hub and back
+# --------------------------------------------------------------------------------------------
+
+
+def head(hub: HubServer, repo: str) -> str:
+    commit = hub.repo(repo).at("main")
+    assert commit is not None
+    return commit.sha
+
+
+@pytest.mark.full
+def test_adapters_name_the_model_they_belong_to(tmp_path: Path) -> None:
+    """Trained from the Hub and pushed to it: the base, its commit, and all that was written."""
+    source = tiny_models.save("qwen3", tmp_path / "Qwen3-4B", layer=6, layers=12)
+    rows = tmp_path / "rows.jsonl"
+    row = {"prompt": "The keeper counted 365 steps.", "completion": " Bread and coffee."}
+    rows.write_text("\n".join([json.dumps(row)] * 4))
+    raw: dict[str, Any] = {
+        "model_name_or_path": "Qwen/Qwen3-4B",
+        "datasets": [{"path": "json", "data_files": str(rows)}],
+        "dtype": "float32",
+        "bf16": False,
+        "max_steps": 1,
+        "report_to": "none",
+        "lora_target_modules": "all-linear",
+        "surgery": {"fold": "norm", "save": "both", "force": True, "push": "me/trained"},
+    }
+    norm, none = tmp_path / "norm.yaml", tmp_path / "none.yaml"
+    norm.write_text(yaml.safe_dump(raw))
+    raw["surgery"] = {"fold": "none", "save": "adapter"}
+    none.write_text(yaml.safe_dump(raw))
+    with HubServer(tmp_path / "server", token="hf_canary") as hub:
+        hub.add_repo("Qwen/Qwen3-4B", source)
+        env = {**hub.env(), "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_canary"}
+        configs = {}
+        for recipe in (norm, none):
+            out = tmp_path / recipe.stem
+            done = run_script("finetune", str(recipe), "-o", str(out), env={**env, **ENVIRONMENT})
+            assert done.returncode == 0, done.stderr
+            assert "layer 6" in done.stdout
+            configs[recipe.stem] = json.loads((out / "adapter" / "adapter_config.json").read_text())
+        commit = head(hub, "me/trained-adapter-base")
+        assert configs["norm"]["base_model_name_or_path"] == "me/trained-adapter-base"
+        assert configs["norm"]["revision"] == commit
+        assert configs["none"]["base_model_name_or_path"] == "Qwen/Qwen3-4B"
+        assert configs["none"]["revision"] == head(hub, "Qwen/Qwen3-4B")
+        for repo in ("me/trained", "me/trained-adapter", "me/trained-adapter-base"):
+            assert hub.repo(repo).private
+        served = json.loads(hub.files("me/trained-adapter")["adapter_config.json"].read_text())
+        assert served == configs["norm"]
+        assert "surgery.json" in hub.files("me/trained")
+        card = (tmp_path / "norm" / "adapter" / "README.md").read_text()
+        assert "me/trained-adapter-base" in card
 
 
 # --------------------------------------------------------------------------------------------
