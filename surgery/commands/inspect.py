@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -13,19 +14,20 @@ from surgery.commands.options import output_options
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @output_options
 def command(folder: Path, as_json: bool, quiet: bool) -> None:
-    """Show what was done to the checkpoint in DIR, from its manifest."""
+    """Show what was done to the checkpoint in DIR, from its manifest; DIR may be a .gguf file."""
     from rich.table import Table
 
     from surgery.card import command_line
     from surgery.checkpoint import read_json
     from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.gguf_conversion import read_embedded
     from surgery.manifest import read_manifest
     from surgery.plan import MANIFEST
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
-    manifest = read_manifest(folder)
+    manifest = read_embedded(folder)[0] if folder.is_file() else read_manifest(folder)
     if as_json:
-        print_json(read_json(folder / MANIFEST))
+        print_json(asdict(manifest) if folder.is_file() else read_json(folder / MANIFEST))
         return
     table = Table(title=safe(folder), title_justify="left", show_header=False)
     base = manifest.base
