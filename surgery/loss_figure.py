@@ -9,13 +9,16 @@ from typing import Any
 # Panels from top to bottom: axis label, and the lines in it as (key in the logs, label, colour).
 PANELS = (
     (
-        "nats per token",
+        "loss",
         (("loss", "training loss", "#1b6ca8"), ("eval_loss", "held-out loss", "#c8553d")),
     ),
     ("reward", (("reward", "mean reward", "#b07d2b"),)),
     ("share", (("mask_energy", "share of the sink's energy masked", "#4a7c59"),)),
     ("1 − cosine", (("sink_drift", "sink drift since the start", "#8a5a83"),)),
 )
+
+
+FROM_ZERO = ("share", "1 − cosine")
 
 
 def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
@@ -43,6 +46,8 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> b
             marker = "o" if len(points) < 30 else None
             axis.plot(steps, values, label=name, color=color, marker=marker, markersize=3.5)
         axis.set_ylabel(label, fontsize=9)
+        if label in FROM_ZERO:
+            axis.set_ylim(0, max(1e-6, 1.15 * max(axis.get_ylim()[1], 0)))
         axis.legend(frameon=False, fontsize=9)
         axis.grid(alpha=0.25)
         for side in ("top", "right"):

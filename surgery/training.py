@@ -16,12 +16,13 @@ import torch
 
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint
-from surgery.errors import BadSettings, SurgeryError
+from surgery.errors import BadSettings
 from surgery.gated_attention import GATE, add_gates, gated
 from surgery.loading import auto_class, load_tokenizer, quiet, refuse_remote_code
 from surgery.lora import closed
 from surgery.mask import Mask
 from surgery.masking import wemask
+from surgery.names import StoredNames
 from surgery.recipe import Recipe
 from surgery.settings import Reporter
 from surgery.training_data import load_data
@@ -82,7 +83,7 @@ class MaskFigures:
             chosen = list(self._mask.dimensions[layer])
             shares.append(float(energy[chosen].sum() / energy.sum()))
             start = self._start.setdefault(layer, direction)
-            cosine = torch.cosine_similarity(start.to(direction), direction, dim=0)
+            cosine = torch.cosine_similarity(start.double().cpu(), direction.double().cpu(), dim=0)
             drifts.append(max(0.0, 1 - float(cosine)))
         self._energy, self._direction = {}, {}
         if not shares:
@@ -140,11 +141,12 @@ def train(
         gates = recipe.treatment.intervention == "gated_attention"
         if gates:
             add_gates(model)
+        stored = StoredNames(checkpoint, model)
         trainer = _trainer(recipe, model, tokenizer, train_rows, evaluation_rows, figures, gates)
         stack.enter_context(gated(trainer.model) if gates else nullcontext())
         stack.enter_context(closed(trainer.model, closed_inputs))
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-        _refuse_trained_norms(trainer.model, anatomy)
+        _check_mergeable(trainer.model, stored, anatomy)
         begun = time.monotonic()
         with _progress(trainer, figures, reporter):
             if last is not None:
@@ -255,12 +257,24 @@ def _trainer(
     return trainer
 
 
-def _refuse_trained_norms(model: Any, anatomy: Anatomy) -> None:
-    """Raise SurgeryError where a norm before attention would train: it holds the fold's zeros."""
+def _check_mergeable(model: Any, stored: StoredNames, anatomy: Anatomy) -> None:
+    """Raise BadSettings, before any time is spent, for weights that could not be merged later.
+
+    Norms before attention, which hold the fold's zeros, are among them.
+    """
     norms = {found.norm for found in anatomy.inputs if found is not None}
     for name, parameter in model.get_base_model().named_parameters():
-        if parameter.requires_grad and name.rpartition(".")[0] in norms:
-            raise SurgeryError(f"{name} would train, and with it the zeros that the fold needs.")
+        module, _, rest = name.partition(".lora_")
+        if not parameter.requires_grad or f".{GATE}." in name:
+            continue
+        if name.rpartition(".")[0] in norms:
+            raise BadSettings(f"{name} would train, and with it the zeros that the fold needs.")
+        if rest.partition(".")[0] not in ("A", "B") or f"{module}.weight" not in stored:
+            raise BadSettings(
+                f"{module} would train, which cannot be merged into the checkpoint's own tensors; "
+                "leave it out of lora_target_modules."
+            )
+        stored.of(f"{module}.weight")
 
 
 @contextmanager

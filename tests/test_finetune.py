@@ -375,6 +375,25 @@ def test_a_refused_fold_leaves_no_model(tiny: Callable[..., Path], tmp_path: Pat
     assert "--force" in (tmp_path / "out" / "model" / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("module", "sentence"),
+    [
+        ("embed_tokens", "embed_tokens would train, which cannot be merged"),
+        ("lm_head", "lm_head would train, which cannot be merged"),  # tied to the embedding
+        ("input_layernorm", "input_layernorm"),
+    ],
+)
+def test_what_could_not_be_merged_is_refused_before_training(
+    tiny: Callable[..., Path], tmp_path: Path, module: str, sentence: str
+) -> None:
+    path = gemma(tiny, tmp_path)
+    raw = {**read_recipe(path), "lora_target_modules": ["q_proj", module]}
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(BadSettings, match=sentence):
+        finetune(path, output=tmp_path / "out")
+    assert not (tmp_path / "out" / "training" / "checkpoints").exists()
+
+
 def test_gated_attention_is_refused_a_fold(tmp_path: Path) -> None:
     with pytest.raises(BadSettings, match="cannot be folded"):
         train(tmp_path, "sft_gated_attention", {"fold": "norm"})
