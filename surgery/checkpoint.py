@@ -85,6 +85,7 @@ class Checkpoint:
     """A checkpoint, described from its headers.
 
     folder: where its side files lie, and its weight files too unless they are `remote`.
+    modified: when each local file was last changed, in nanoseconds.
     """
 
     folder: Path
@@ -95,6 +96,7 @@ class Checkpoint:
     side_files: tuple[str, ...]
     left_out: tuple[str, ...] = ()
     file_sizes: Mapping[str, int] = field(default_factory=dict)
+    modified: Mapping[str, int] = field(default_factory=dict)
     remote: Ranges | None = None
 
     @property
@@ -277,8 +279,18 @@ def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) 
         if not path.is_file():  # reading from a pipe, say, would wait for ever
             raise BadCheckpoint(f"{path} is a broken link or no plain file; remove it.")
         sizes[name] = path.stat().st_size
+    local = (*(() if remote is not None else weight_files), *side_files)
     return Checkpoint(
-        folder, origin, config, weight_files, tensors, side_files, left_out, sizes, remote
+        folder,
+        origin,
+        config,
+        weight_files,
+        tensors,
+        side_files,
+        left_out,
+        sizes,
+        {name: (folder / name).stat().st_mtime_ns for name in local},
+        remote,
     )
 
 

@@ -72,9 +72,8 @@ def _write_file(
     source, target = checkpoint.folder / file.name, folder / file.name
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(source, "rb") as reader, open(target, "xb+") as writer:
-        size = os.fstat(reader.fileno()).st_size
-        if size != file.size:
-            raise BadCheckpoint(f"{source} changed while it was read; run the conversion again.")
+        size = file.size
+        _require_unchanged(checkpoint, file, reader.fileno())
         patches = _Patches(checkpoint, file.edits)
         ready = _Watermark()
         hasher = _Hasher(reader.fileno(), writer.fileno(), size, patches.first, ready, progress)
@@ -88,7 +87,18 @@ def _write_file(
             hasher.join()
         if hasher.error is not None:
             raise hasher.error
+        _require_unchanged(checkpoint, file, reader.fileno())
     return Written(file.name, size, hasher.written, hasher.source)
+
+
+def _require_unchanged(checkpoint: Checkpoint, file: FilePlan, reader: int) -> None:
+    """Raise BadCheckpoint when a source file is not the one that was planned with."""
+    now = os.fstat(reader)
+    planned = (file.size, checkpoint.modified.get(file.name, now.st_mtime_ns))
+    if (now.st_size, now.st_mtime_ns) != planned:
+        raise BadCheckpoint(
+            f"{checkpoint.folder / file.name} changed while it was read; run the conversion again."
+        )
 
 
 class _Watermark:

@@ -1,0 +1,189 @@
+"""A disk that is full, a file that may not grow, a source that changes or vanishes, a signal."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import surgery
+from surgery import write
+
+Tiny = Callable[..., Path]
+Snapshot = Callable[[Path], dict[str, bytes | None]]
+WORDS = ("--layer", "3", "--no-check", "--quiet")
+
+
+def command(*words: object, **options: object) -> list[str]:
+    return [sys.executable, "-m", "surgery", *(str(word) for word in words)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB, less than the plan wants for any checkpoint."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True
+    )
+    if done.returncode != 0:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_seen_beforehand(tiny: Tiny, small_disk: Path) -> None:
+    done = subprocess.run(
+        command("convert", tiny(), *WORDS, "-o", small_disk / "out"),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "free; choose an --output on a larger disk" in done.stderr
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_meanwhile(
+    tiny: Tiny, small_disk: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot
+) -> None:
+    """The plan was right when it was made."""
+    real = shutil.disk_usage
+
+    def plenty(path: object) -> object:
+        return real(path)._replace(free=10**12)
+
+    source = tiny()
+    before = snapshot(source)
+    size = (source / "model.safetensors").stat().st_size
+    (small_disk / "other").write_bytes(b"x" * (6 * 2**20 - size // 2))
+    monkeypatch.setattr(shutil, "disk_usage", plenty)
+    with pytest.raises(surgery.SurgeryError, match="No space left on device"):
+        surgery.convert(str(source), layer=3, check=False, output=small_disk / "out")
+    assert [path.name for path in small_disk.iterdir()] == ["other"]
+    assert snapshot(source) == before
+    (small_disk / "other").unlink()
+    surgery.convert(str(source), layer=3, check=False, output=small_disk / "out")
+    assert surgery.verify(small_disk / "out").passed
+
+
+def test_a_limit_on_the_size_of_files(tiny: Tiny, tmp_path: Path) -> None:
+    """As a quota acts: the write fails, in the middle of a file."""
+    size = (tiny() / "model.safetensors").stat().st_size
+
+    def limited() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    done = subprocess.run(
+        command("convert", tiny(), *WORDS, "-o", tmp_path / "work" / "out"),
+        capture_output=True,
+        text=True,
+        preexec_fn=limited,
+    )
+    assert done.returncode == 2
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["shrinks", "changes", "vanishes"])
+def test_a_source_that_moves(
+    what: str, tiny_copy: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the plan and the copy of the second file, as an unlucky `git pull` might."""
+    source = tiny_copy("llama", shards=3)
+    victim = sorted(source.glob("*.safetensors"))[-1]
+    honest = write._copy
+    done = []
+
+    def copy(*args: object) -> None:
+        if not done:
+            done.append(True)
+            raw = victim.read_bytes()
+            if what == "vanishes":
+                victim.unlink()
+            elif what == "shrinks":
+                victim.write_bytes(raw[:-100])
+            else:
+                victim.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+                os.utime(victim, ns=(0, 0))
+        honest(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(write, "_copy", copy)
+    with pytest.raises(surgery.SurgeryError) as error:
+        surgery.convert(str(source), layer=3, check=False, output=tmp_path / "work" / "out")
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+)
+def test_signals(number: int, code: int, tiny: Tiny, tmp_path: Path) -> None:
+    """One sentence, the usual exit code, and nothing left."""
+    (tmp_path / "work").mkdir()
+    process = subprocess.Popen(
+        command("convert", tiny(), "--layer", "3", "-o", tmp_path / "work" / "out"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    first = process.stderr.readline()  # it has begun
+    process.send_signal(number)
+    _, rest = process.communicate(timeout=60)
+    assert "Loading" in first
+    assert process.returncode == code, rest
+    assert "nothing was left behind" in rest
+    assert "Traceback" not in rest
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_a_killed_run_is_cleaned_up_by_the_next(tiny: Tiny, tmp_path: Path) -> None:
+    """What is being written by a living process stays."""
+    work = tmp_path / "work"
+    stopped = subprocess.Popen(
+        [sys.executable, "-c", _SLOW, str(tiny()), str(work / "out")], stdout=subprocess.PIPE
+    )
+    assert stopped.stdout is not None
+    assert stopped.stdout.readline() == b"writing\n"
+    assert len(list(work.glob(".out.*.part"))) == 1
+    other = subprocess.run(command("convert", tiny(), *WORDS, "-o", work / "out"))
+    assert other.returncode == 0
+    assert len(list(work.glob(".out.*.part"))) == 1
+    stopped.kill()
+    stopped.wait()
+    time.sleep(0.05)
+    again = subprocess.run(command("convert", tiny(), *WORDS, "--overwrite", "-o", work / "out"))
+    assert again.returncode == 0
+    assert [path.name for path in work.iterdir()] == ["out"]
+
+
+_SLOW = """
+import sys, time
+import surgery
+from surgery import conversion
+def slow(*_args):
+    print("writing", flush=True)
+    time.sleep(60)
+conversion.copy_plan = slow
+surgery.convert(sys.argv[1], layer=3, check=False, output=sys.argv[2])
+"""
+
+
+def test_a_clock_that_jumps(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing depends on the time of day, and no time is written down."""
+    surgery.convert(str(tiny()), layer=3, check=False, output=tmp_path / "one")
+    moments = iter([4e9, 0.0, 2e9] * 10_000)
+    monkeypatch.setattr(time, "time", lambda: next(moments))
+    surgery.convert(str(tiny()), layer=3, check=False, output=tmp_path / "two")
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
