@@ -224,6 +224,8 @@ def gguf_staging(output: Path, count: int, *, overwrite: bool) -> Iterator[Path]
 
 def read_embedded(path: Path) -> tuple[Manifest, list[GgufFile]]:
     """The manifest inside a GGUF that surgery wrote, and the files; BadCheckpoint without one."""
+    if path.suffix != ".gguf":
+        raise BadCheckpoint(f"{path} is no .gguf file, so surgery did not write it.")
     files = [read_gguf(shard) for shard in shards_of(path)]
     text = files[0].values.get(MANIFEST_KEY)
     if not isinstance(text, str):

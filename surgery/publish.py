@@ -36,6 +36,7 @@ from surgery.manifest import (
 from surgery.mask import Mask, attention_targets
 from surgery.plan import CARD, FIGURE, GENERATED, MANIFEST, edits_by_file
 from surgery.quantised import method_of
+from surgery.remote import KeptRanges
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve_light
 from surgery.subject import Subject
@@ -76,8 +77,24 @@ def publish(
     settings = Settings(model=model, push_to_hub=repo, **{**options, "check": False})
     _require_headers_enough(settings)
     checkpoint = resolve_light(model, settings.revision, reporter.say)
+    with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
+        # The file that changes holds layers that the analysis has read by then.
+        remote = checkpoint.remote
+        if remote is not None:
+            checkpoint = replace(checkpoint, remote=KeptRanges(remote, Path(temporary)))
+        pushed, manifest, sent = _publish(checkpoint, settings, repo, public, reporter)
+    _confirm(pushed, repo, manifest)
+    small = sum(path.stat().st_size for path in checkpoint.folder.rglob("*") if path.is_file())
+    read = getattr(remote, "bytes_read", 0) + small
+    return Published(pushed, manifest, read, sent, checkpoint.size)
+
+
+def _publish(
+    checkpoint: Checkpoint, settings: Settings, repo: str, public: bool, reporter: Reporter
+) -> tuple[Pushed, Manifest, int]:
+    """Decide, fetch and patch what changes, and commit; with how many bytes were sent."""
     if checkpoint.origin.kind != "hub":
-        raise BadSettings(f"--remote is for models on the Hub; {model} is not one.")
+        raise BadSettings(f"--remote is for models on the Hub; {settings.model} is not one.")
     given = settings.layer is not None or settings.layers is not None
     if method_of(checkpoint.config) and not given:
         raise BadSettings(
@@ -114,10 +131,7 @@ def publish(
             checkpoint, anatomy, mask, edits, emergence, settings, folder, info, by_file
         )
         pushed, sent = _commit(checkpoint, repo, folder, info, public, reporter)
-    _confirm(pushed, repo, manifest)
-    small = sum(path.stat().st_size for path in checkpoint.folder.rglob("*") if path.is_file())
-    read = getattr(checkpoint.remote, "bytes_read", 0) + small
-    return Published(pushed, manifest, read, sent, checkpoint.size)
+    return pushed, manifest, sent
 
 
 def _require_headers_enough(settings: Settings) -> None:

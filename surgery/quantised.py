@@ -267,6 +267,11 @@ def _plan(checkpoint: Checkpoint) -> dict[str, tuple[Format | None, dict[str, st
                 plan[f"{module}.weight"] = (one, parts)
                 used |= set(parts.values())
                 break
+    if not used:
+        raise BadCheckpoint(
+            f"config.json says that the weights are quantised ({method_of(checkpoint.config)}), "
+            "but none is stored that way."
+        )
     for name in checkpoint.tensors:
         if name not in used:
             plan[name] = (None, {"": name})

@@ -5,7 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+from surgery.checkpoint import Ranges
 from surgery.errors import BadCheckpoint
 
 # Requests under way at once; each costs a round trip, not bandwidth.
@@ -57,3 +59,50 @@ class HubRanges:
         """Several ranges at once, in the order asked for."""
         with ThreadPoolExecutor(_PARALLEL) as pool:
             return list(pool.map(lambda wanted: self.read(*wanted), ranges))
+
+
+class KeptRanges:
+    """The byte ranges of another reader, each of them read once and kept in a folder."""
+
+    def __init__(self, ranges: Ranges, folder: Path) -> None:
+        self._ranges, self._folder = ranges, folder
+        self._known: dict[str, list[tuple[int, int]]] = {}
+
+    def size(self, file: str) -> int:
+        """Bytes of a file."""
+        return self._ranges.size(file)
+
+    def read(self, file: str, begin: int, end: int) -> bytes:
+        """The bytes of a file from `begin` up to `end`."""
+        return self.read_many([(file, begin, end)])[0]
+
+    def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Several ranges, in the order asked for; what is not kept yet is read at once."""
+        missing = [(file, *gap) for file, *wanted in ranges for gap in self._gaps(file, *wanted)]
+        for (file, begin, end), raw in zip(missing, self._ranges.read_many(missing), strict=True):
+            with open(self._path(file), "rb+") as kept:
+                kept.seek(begin)
+                kept.write(raw)
+            self._known[file].append((begin, end))
+        found = []
+        for file, begin, end in ranges:
+            with open(self._path(file), "rb") as kept:
+                kept.seek(begin)
+                found.append(kept.read(end - begin))
+        return found
+
+    def _path(self, file: str) -> Path:
+        path = self._folder / file.replace("/", "%2F")
+        path.touch()
+        return path
+
+    def _gaps(self, file: str, begin: int, end: int) -> list[tuple[int, int]]:
+        """What of a range is not kept."""
+        gaps, position = [], begin
+        for first, last in sorted(self._known.setdefault(file, [])):
+            if first > position:
+                gaps.append((position, min(first, end)))
+            position = max(position, last)
+            if position >= end:
+                return [gap for gap in gaps if gap[0] < gap[1]]
+        return [gap for gap in (*gaps, (position, end)) if gap[0] < gap[1]]

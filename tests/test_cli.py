@@ -328,8 +328,8 @@ MISTAKES: list[tuple[str, Callable[[Path], tuple[Any, ...]], int, str]] = [
     (
         "quantised",
         lambda f: (changed_config(f, quantization_config={"quant_method": "gptq"}),),
-        6,
-        "quantised (gptq); convert the unquantised",
+        7,
+        "quantised (gptq), but none is stored that way",
     ),
     (
         "code of its own",

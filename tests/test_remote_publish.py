@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_models
 from hub_server import HubServer
 
-from surgery.checkpoint import Origin, open_checkpoint
+from surgery.checkpoint import LocalFiles, Origin, open_checkpoint
+from surgery.remote import KeptRanges
 
 Run = Callable[..., Any]
 ARGS = ["convert", "some/model", "--push-to-hub", "me/masked", "--remote"]
@@ -113,6 +115,27 @@ def test_located_on_the_way_and_stale_files_removed(
     manifest = json.loads(served["surgery.json"].read_text())
     assert manifest["emergence"]["layer"] == 3
     assert "surgery_layers.png" in served
+
+
+def test_ranges_are_read_once(tmp_path: Path) -> None:
+    """Whatever is asked for, in whatever order: the same bytes, each fetched once."""
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "file").write_bytes(bytes(range(256)) * 4)
+    fetched: list[tuple[int, int]] = []
+
+    class Counted(LocalFiles):
+        def read_many(self, ranges: Any) -> list[bytes]:
+            fetched.extend(wanted[1:] for wanted in ranges)
+            return super().read_many(ranges)
+
+    kept = KeptRanges(Counted(tmp_path), tmp_path / "kept")
+    random = np.random.default_rng(0)
+    for _ in range(200):
+        begin, end = sorted(int(place) for place in random.integers(0, 1025, 2))
+        expected = (tmp_path / "file").read_bytes()[begin:end]
+        assert kept.read("file", begin, end) == expected
+    assert kept.size("file") == 1024
+    assert sum(end - begin for begin, end in fetched) <= 1024
 
 
 def test_the_ordinary_way_where_copying_is_refused(
