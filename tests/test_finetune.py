@@ -19,6 +19,7 @@ import surgery
 from surgery.checkpoint import Origin, open_checkpoint
 from surgery.errors import BadSettings, QualityGate
 from surgery.finetuning import FineTuning, finetune
+from surgery.gated_attention import add_gates, gated
 from surgery.loading import load_model
 from surgery.recipe import read_recipe
 from surgery.resources import resource_folder
@@ -105,6 +106,25 @@ def check_calls(calls: Calls, name: str) -> None:
         assert not first.any()
 
 
+def check_gated_adapter(adapter: Path) -> None:
+    """Loaded as its card says, the gates are the trained ones, and they act."""
+    from peft import PeftModel
+
+    ids = torch.arange(20)[None] + 100
+    base = load_model(base_folder())
+    add_gates(base)
+    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    with torch.inference_mode():
+        ungated = model(input_ids=ids).logits
+        with gated(model):
+            found = model(input_ids=ids).logits
+    assert 1e-3 < (found - ungated).abs().max() < 1e3
+    stored = load_file(adapter / "adapter_model.safetensors")
+    gates = [name for name in stored if name.endswith("attention_gate.bias")]
+    assert len(gates) == 6
+    assert all((stored[name] != 4.0).any() for name in gates)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_run(
     run: Run, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
@@ -132,6 +152,7 @@ def test_shipped_recipes_run(
         card = (out / "adapter" / "README.md").read_text()
         assert "cannot be folded" in card
         assert record["model"] is None
+        check_gated_adapter(out / "adapter")
         return
     model = load_model(out / "model")
     base = load_model(base_folder())
@@ -266,6 +287,9 @@ def test_looking_at_a_trained_checkpoint_again(
     reverted = ("revert", result.model, "-o", tmp_path / "reverted")
     for words in (("reproduce", result.model), reverted):
         assert "was trained" in run(*words).sentence()
+    shown = run("inspect", result.model).ok().stdout
+    assert "surgery finetune sft_math.yaml" in shown
+    assert "3 steps on 8 rows" in shown
     card = (result.model / "README.md").read_text()
     run("card", result.model).ok()
     assert (result.model / "README.md").read_text() == card
@@ -277,18 +301,6 @@ def test_looking_at_a_trained_checkpoint_again(
         file.seek(entry.begin)
         file.write(b"\x01")
     assert not verify(copy).passed
-
-
-def test_the_mask_of_every_token(tmp_path: Path) -> None:
-    """Under it A reads nothing from S in any masked layer, folded later or not."""
-    result = train(tmp_path, "sft_math", {"tokens": "every", "fold": "none", "save": "adapter"})
-    assert result.model is None
-    assert result.adapter is not None
-    masks = json.loads((result.output / "training" / "masks.json").read_text())
-    raw = load_file(result.adapter / "adapter_model.safetensors")
-    for layer, chosen in masks[0]["dimensions"].items():
-        name = f"base_model.model.model.layers.{layer}.self_attn.k_proj.lora_A.weight"
-        assert not raw[name][:, chosen].any()
 
 
 # --------------------------------------------------------------------------------------------

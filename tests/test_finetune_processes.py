@@ -96,6 +96,23 @@ def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+def test_a_terminated_training_says_how_to_go_on(tmp_path: Path) -> None:
+    """SIGTERM, as a queue sends it: one sentence; checkpoints stay, and nothing half-written."""
+    recipe = recipe_file(tmp_path / "r.yaml", save_steps=1, max_steps=400)
+    out = tmp_path / "out"
+    process = launch(["surgery", "finetune", str(recipe), "-o", str(out), "-q"])
+    while last_checkpoint(out / "training" / "checkpoints") is None:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, said
+    assert said.splitlines()[-1] == "Interrupted; go on from the last checkpoint with --resume."
+    assert "Traceback" not in said
+    assert [entry.name for entry in out.iterdir()] == ["training"]
+
+
+@pytest.mark.full
 def test_a_killed_preference_training_resumes(tmp_path: Path) -> None:
     recipe = recipe_file(
         tmp_path / "r.yaml", "dpo_safety", lora_dropout=0.1, save_steps=4, max_steps=7

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
 
 from surgery.commands.options import output_options
+from surgery.errors import Terminated
 
 
 @click.command()
@@ -42,15 +44,19 @@ def command(
     from surgery.finetuning import finetune
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
-    result = finetune(
-        recipe,
-        output=output,
-        smoke=smoke,
-        resume=resume,
-        overwrite=overwrite,
-        changes={"model_name_or_path": model} if model is not None else None,
-        reporter=terminal,
-    )
+    try:
+        result = finetune(
+            recipe,
+            output=output,
+            smoke=smoke,
+            resume=resume,
+            overwrite=overwrite,
+            changes={"model_name_or_path": model} if model is not None else None,
+            reporter=terminal,
+        )
+    except KeyboardInterrupt as error:  # checkpoints stay, unlike what other commands leave
+        click.echo("Interrupted; go on from the last checkpoint with --resume.", err=True)
+        sys.exit(143 if isinstance(error, Terminated) else 130)
     if result is None:  # one of several processes, and not the one that writes
         return
     if as_json:

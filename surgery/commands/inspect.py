@@ -32,7 +32,12 @@ def command(folder: Path, as_json: bool, quiet: bool) -> None:
     table = Table(title=safe(folder), title_justify="left", show_header=False)
     base = manifest.base
     table.add_row("base", safe(f"{base.name}{'@' + base.commit if base.commit else ''}"))
-    table.add_row("made by", safe(f"{manifest.tool}: {command_line(manifest.settings)}"))
+    trained, made = manifest.training, command_line(manifest.settings)
+    if trained is not None:
+        made = f"surgery finetune {trained['recipe']['name']}"
+    table.add_row("made by", safe(f"{manifest.tool}: {made}"))
+    if trained is not None:
+        table.add_row("trained", f"{trained['steps']} steps on {trained['rows']} rows")
     layer = (manifest.emergence or {}).get("layer")
     table.add_row("ME Layer", "not searched for" if layer is None else str(layer))
     table.add_row("target layers", ", ".join(str(layer) for layer in sorted(manifest.dimensions)))
