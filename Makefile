@@ -5,7 +5,7 @@ PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constra
 # The older transformers that checkpoints must load in too; kept apart, imported by a few tests.
 OLD    := $(VENV)/transformers-4.57
 
-.PHONY: demo test test-full test-runtimes lint benchmark clean
+.PHONY: demo test test-full test-runtimes lint benchmark soak fuzz clean
 
 # Convert an embedded real model, load it with stock transformers, and let both speak.
 demo: $(VENV)/ready
@@ -25,6 +25,15 @@ test-full: $(VENV)/ready-test
 # The same converted model in every runtime there is on PyPI; prints the table of docs/runtimes.md.
 test-runtimes: $(VENV)/ready-runtimes
 	$(BIN)/python -m pytest -m runtimes tests/runtimes
+
+# Commands stopped at random moments, for an hour.
+soak: $(VENV)/ready-test
+	$(BIN)/python tests/faults/soak.py --minutes 60
+
+# A million damaged inputs to every parser.
+fuzz: $(VENV)/ready-test
+	$(PIP) atheris
+	$(BIN)/python tests/fuzz/fuzz.py --inputs 1000000
 
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .

@@ -30,8 +30,8 @@ from surgery import staging
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 
 
-WAYS = ["new", "overwrite", "overwrite without exchange"]
 full = pytest.mark.full
+WAYS = ["new", "overwrite", pytest.param("overwrite without exchange", marks=full)]
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_killed_at_every_step(
         pytest.param("new", "interrupted", marks=full),
         pytest.param("overwrite", "no space", marks=full),
         pytest.param("overwrite", "input/output error", marks=full),
-        ("overwrite", "interrupted"),
+        pytest.param("overwrite", "interrupted", marks=full),
         pytest.param("overwrite without exchange", "no space", marks=full),
         pytest.param("overwrite without exchange", "interrupted", marks=full),
     ],

@@ -130,6 +130,18 @@ def results_json(data: bytes) -> None:
         raise BadCheckpoint(f"damaged: {error!r}"[:200]) from error
 
 
+def tokenizer(data: bytes) -> None:
+    """A tokenizer.json, which transformers reads."""
+    from surgery.loading import load_tokenizer
+
+    folder = _folder() / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (folder / "tokenizer.json").write_bytes(data)
+    load_tokenizer(folder)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "safetensors": safetensors,
     "index": index,
@@ -139,6 +151,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "recipe_yaml": recipe_yaml,
     "model_card": model_card,
     "results_json": results_json,
+    "tokenizer": tokenizer,
 }
 
 
