@@ -192,9 +192,7 @@ def parse_manifest(raw: dict[str, Any], path: str) -> Manifest:
 
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA:
-        raise BadCheckpoint(
-            f"{path} has schema version {version!r}; this program reads {SCHEMA}."
-        )
+        raise BadCheckpoint(f"{path} has schema version {version!r}; this program reads {SCHEMA}.")
     try:
         # As JSON and strictly, or a number could come as text and fail where it is used.
         text = json.dumps(raw, allow_nan=False)

@@ -42,8 +42,8 @@ class FilePlan:
 class Plan:
     """Everything that will be written.
 
-    form: "checkpoint", "gguf", "adapter" or "gguf-adapter"; the edits of an adapter are those that it
-    stands for, and its base stays as it is.
+    form: "checkpoint", "gguf", "adapter" or "gguf-adapter"; the edits of an adapter are those that
+    it stands for, and its base stays as it is.
     """
 
     checkpoint: Checkpoint
@@ -198,6 +198,6 @@ def check_space(plan: Plan) -> None:
     free = shutil.disk_usage(existing_parent(plan.output)).free
     if free < plan.bytes_needed:
         raise BadSettings(
-            f"Writing needs {plan.bytes_needed / 1e9:.2f} GB and {existing_parent(plan.output)} has "
-            f"{free / 1e9:.2f} GB free; choose an --output on a larger disk."
+            f"Writing needs {plan.bytes_needed / 1e9:.2f} GB and {existing_parent(plan.output)} "
+            f"has {free / 1e9:.2f} GB free; choose an --output on a larger disk."
         )

@@ -22,7 +22,7 @@ from surgery.plan import existing_parent
 from surgery.probe import HEATMAP_TOKENS, Evidence
 from surgery.resources import resource_folder
 from surgery.settings import SILENT, Reporter
-from surgery.write import replacing
+from surgery.staging import replacing
 
 PAGE, DATA, TEMPLATE = "index.html", "report.json", "report.html.jinja"
 SCHEMA = 1

@@ -175,7 +175,9 @@ def reproduce(
     path = Path(folder).resolve()
     manifest = read_manifest(path)
     if manifest.training is not None:
-        raise BadSettings(f"{path} was trained; run its recipe again with surgery finetune instead.")
+        raise BadSettings(
+            f"{path} was trained; run its recipe again with surgery finetune instead."
+        )
     if manifest.settings.get("trust_remote_code") and not trust_remote_code:
         raise BadSettings(
             f"{path} was made with --trust-remote-code, which runs the base model's own Python "
