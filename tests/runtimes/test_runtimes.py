@@ -19,7 +19,9 @@ pytestmark = pytest.mark.runtimes
 Answer = dict[str, Any]
 # Log-probabilities of the first token, where the runtime computes in float32 too (llama.cpp keeps
 # keys and values in float16).
-CLOSE = 5e-3
+CLOSE = 1e-2
+# What an edit does to them at least.
+TOLD_APART = 0.05
 
 
 def largest_difference(one: Answer, other: Answer) -> float:
@@ -42,7 +44,7 @@ def agree(name: str, answers: dict[str, Answer], known: dict[str, Answer]) -> st
     kinds = list(answers)
     for kind in kinds[1:]:
         assert answers[kinds[0]]["tokens"] != answers[kind]["tokens"], f"{name} ignores the edit"
-        assert largest_difference(answers[kinds[0]], answers[kind]) > 10 * CLOSE
+        assert largest_difference(answers[kinds[0]], answers[kind]) > TOLD_APART
     count = sum(len(tokens) for tokens in known[kinds[0]]["tokens"])
     return (
         f"{', '.join(kinds)}: {count} of {count} greedy tokens each, "
