@@ -34,7 +34,7 @@ needs_wikitext = pytest.mark.skipif(
 WINDOW = 256
 EMERGENCE = 11
 
-# METHOD's table for SmolLM2-135M-Instruct: base perplexity, then per scope and selection the
+# The prototype's table for SmolLM2-135M-Instruct: base perplexity, then per scope and selection the
 # perplexities of the paper's hook, of norm/qkv and of sink.
 BASE = 34.52
 TABLE = {
@@ -74,7 +74,7 @@ def windows(subject: Subject, name: str, count: int) -> list[list[int]]:
 
 
 def prototype_order(scores: np.ndarray, size: int) -> tuple[int, ...]:
-    """Top-k with torch's arbitrary order of ties, in which METHOD's table was measured.
+    """Top-k with torch's arbitrary order of ties, in which the prototype's table was measured.
 
     The gains of this model were bfloat16 once and tie often; ours takes the lowest index.
     """
@@ -124,7 +124,7 @@ def test_figures_of_the_method(subject: Subject, scope: str, select: str) -> Non
     hook, norm, sink = TABLE[scope, select]
     assert measured["base"].perplexity == pytest.approx(BASE, rel=0.01)
     assert measured["reference"].perplexity == pytest.approx(hook, rel=0.01)
-    # A model at perplexity 5455 is broken; METHOD's figure for it has the noise of one.
+    # A model at perplexity 5455 is broken; the prototype's figure for it has the noise of one.
     assert measured["norm"].perplexity == pytest.approx(norm, rel=0.01 if norm < 1000 else 0.05)
     assert measured["sink"].perplexity == pytest.approx(sink, rel=0.01)
     assert measured["sink"].kl_from_reference <= LARGEST_KL[scope, select] * 1.05
@@ -205,7 +205,7 @@ def test_six_conversions(subject: Subject, tmp_path: Path, fold: str, scope: str
     text = windows(subject, "wikitext2_test.txt", 12)
     seen = stock(output, text, tmp_path)
     _, zeroed, sink = TABLE[scope, "weight"]
-    # Lowest index first among tied gains: 1.5 % above METHOD's figure for norm and qkv, all.
+    # Lowest index first among tied gains: 1.5 % above the prototype's figure for norm and qkv, all.
     expected, tolerance = (sink, 0.01) if fold == "sink" else (zeroed, 0.02 if ruinous else 0.01)
     assert seen["perplexity"] == pytest.approx(expected, rel=tolerance)
     before, after = tensor_bytes(subject.checkpoint.folder), tensor_bytes(output)
