@@ -244,7 +244,7 @@ def test_sink_edit(
     x = np.random.default_rng(seed).normal(size=(5, len(v)))
     x -= np.outer(x @ v, v) / (v @ v)
     np.testing.assert_allclose(x @ edited.T, x @ weight.T, rtol=0, atol=1e-9 * scale)
-    # The closed form of METHOD, literally.
+    # The closed form, literally.
     m = np.zeros(len(v))
     m[list(chosen)] = 1.0
     formula = weight - strength * np.outer(weight @ (m * center), v)

@@ -1,4 +1,4 @@
-"""The Massive Emergence Layer from norms: METHOD's curves, and models where it is planted."""
+"""The Massive Emergence Layer from norms: measured curves, and models where it is planted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from surgery.locate import agree, others_median, vote
 
 Tiny = Callable[..., Path]
 
-# METHOD, "Locating the ME Layer": what a sink token's output norm did in real models.
+# What a sink token's output norm did in real models.
 SMOLLM2 = [
     *(67, 229, 746, 743, 738, 731, 724, 712, 600, 167, 150),  # a first rise that does not last
     23911,  # layer 11
