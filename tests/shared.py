@@ -1,0 +1,50 @@
+"""What the tests share by name; fixtures are in conftest.py."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# The cores are shared out among the workers of pytest-xdist, and with what they start: threads that
+# wait for a core they do not get take longer than none.
+THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
+
+Tiny = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    def ok(self) -> Outcome:
+        """This outcome, after checking that the command succeeded."""
+        assert self.code == 0, (self.code, self.stderr)
+        return self
+
+    def sentence(self) -> str:
+        """The one sentence on stderr with which a command failed; nothing else was said."""
+        assert self.code != 0, self.stdout
+        assert "Traceback" not in self.stdout + self.stderr
+        lines = self.stderr.splitlines()
+        assert len(lines) == 1, self.stderr
+        assert lines[0].startswith("Error: "), self.stderr
+        assert len(lines[0]) > len("Error: 12345")
+        return lines[0]
+
+    def json(self) -> Any:
+        """The one JSON object on stdout."""
+        value = json.loads(self.stdout)
+        assert isinstance(value, dict)
+        return value
+
+
+Run = Callable[..., Outcome]
