@@ -98,18 +98,17 @@ class Edit:
             )
         if self.kind == "columns" and self.axis == 1:
             return scale_columns(rows, self.dimensions, self.strength)
+        # A gain, a bias, or a linear stored [D, out], whose input columns are rows.
         inside = tuple(d - block.start for d in self.dimensions if block.start <= d < block.stop)
-        if self.kind == "columns":
-            return scale_columns(rows.T, inside, self.strength).T
         return scale_entries(rows, inside, self.strength, self.null)
 
 
 def scale_entries(
-    stored: Array64, dimensions: tuple[int, ...], strength: float, null: float = 0.0
+    stored: Array64, dimensions: tuple[int, ...], strength: float, null: float
 ) -> Array64:
     """A gain or bias whose entries in S count 1 - γ times as much.
 
-    stored: [D]. In unit-offset norms (null = -1) the effective gain 1 + w is scaled, so that
+    stored: [D], or [D, out] for a linear stored that way. In unit-offset norms (null = -1) the effective gain 1 + w is scaled, so that
     strength 1 stores exactly -1.
     """
     edited = stored.copy()

@@ -313,6 +313,20 @@ def test_detector_answers_one(width: int, tokens: int, seed: int) -> None:
     assert v @ center == pytest.approx(1.0, rel=1e-6)
 
 
+def test_detector_is_the_ridge_solution() -> None:
+    """Σ is regularised by `ridge` times its mean eigenvalue; without tokens v is c / |c|²."""
+    generator = np.random.default_rng(3)
+    center, ordinary = generator.normal(size=5), generator.normal(size=(3, 5))
+    moment = 7.0 * ordinary.T @ ordinary
+    loaded = moment + 0.25 * np.linalg.eigvalsh(moment).mean() * np.eye(5)
+    expected = np.linalg.inv(loaded) @ center
+    np.testing.assert_allclose(
+        detector(center, moment, 0.25), expected / (center @ expected), rtol=1e-10
+    )
+    alone = detector(center, np.zeros((5, 5)), 0.25)
+    np.testing.assert_allclose(alone, center / (center @ center), rtol=1e-12)
+
+
 @hypothesis.settings(max_examples=30)
 @given(width=st.integers(2, 12), seed=st.integers(0, 2**32))
 def test_detector_answers_least_to_ordinary_tokens(width: int, seed: int) -> None:
