@@ -1,0 +1,394 @@
+"""Each check of a written checkpoint: what it accepts, and the sentence with which it does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import surgery
+from surgery import verification
+from surgery.checkpoint import Checkpoint
+from surgery.errors import BadCheckpoint, VerificationFailed
+from surgery.fold import Edit
+from surgery.manifest import FileRecord
+from surgery.source import file_sha256
+from surgery.verification import (
+    Check,
+    Verification,
+    checked,
+    divergence,
+    verify_behaviour,
+    verify_edits,
+    verify_files,
+    verify_originals,
+    verify_structure,
+    verify_untouched,
+)
+
+Tiny = Callable[..., Path]
+GAIN = "model.layers.4.input_layernorm.weight"
+EDITS = (
+    Edit(GAIN, 4, "gain", (3, 60), 1.0),
+    Edit("model.layers.4.self_attn.q_proj.weight", 4, "columns", (3,), 1.0),
+)
+
+
+@pytest.fixture
+def base(tiny: Tiny) -> Checkpoint:
+    return surgery.resolve(str(tiny("llama", shards=3)))
+
+
+@pytest.fixture
+def folder(base: Checkpoint, tmp_path: Path) -> Path:
+    """A copy of the base with EDITS applied, made without surgery's own writer."""
+    output = tmp_path / "out"
+    shutil.copytree(base.folder, output)
+    for edit in EDITS:
+        change(output, base, edit.tensor, lambda values: None, edit.dimensions)
+    return output
+
+
+def change(
+    folder: Path,
+    base: Checkpoint,
+    name: str,
+    act: Callable[[torch.Tensor], Any],
+    zero: tuple[int, ...] = (),
+) -> None:
+    """Change a tensor's values where they lie, and nothing else of the file."""
+    entry = base.tensors[name]
+    tensor = load_file(folder / entry.file)[name]
+    tensor[..., list(zero)] = 0.0
+    act(tensor)
+    with open(folder / entry.file, "rb+") as file:
+        file.seek(entry.begin)
+        file.write(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def failed(check: Check) -> str:
+    assert not check.passed
+    return check.detail
+
+
+# --------------------------------------------------------------------------------------------
+# Checks as such
+# --------------------------------------------------------------------------------------------
+
+
+def test_a_check_runs_a_test() -> None:
+    assert checked("name", lambda: "seen") == Check("name", True, "seen")
+
+    def fails() -> str:
+        raise BadCheckpoint("It is wrong.")
+
+    assert checked("name", fails) == Check("name", False, "It is wrong")
+    with pytest.raises(ZeroDivisionError):
+        checked("name", lambda: str(1 / 0))
+
+
+def test_the_first_check_that_failed_is_named() -> None:
+    good = Verification((Check("one", True), Check("two", True, "seen")))
+    assert good.passed
+    good.require()
+    assert good.as_dict() == {
+        "passed": True,
+        "checks": [
+            {"name": "one", "passed": True, "detail": ""},
+            {"name": "two", "passed": True, "detail": "seen"},
+        ],
+    }
+    bad = Verification((Check("one", True), Check("two", False, "why"), Check("three", False, "")))
+    assert not bad.passed
+    with pytest.raises(VerificationFailed, match=r"^verification failed: two: why\.$"):
+        bad.require()
+
+
+# --------------------------------------------------------------------------------------------
+# Bytes
+# --------------------------------------------------------------------------------------------
+
+
+def test_a_good_checkpoint_passes(base: Checkpoint, folder: Path) -> None:
+    assert verify_structure(base, folder) == Check(
+        "names, shapes, dtypes and index are the base's",
+        True,
+        f"{len(base.tensors)} tensors in {len(base.weight_files)} file(s)",
+    )
+    assert verify_edits(base, folder, EDITS) == Check(
+        "every edited tensor equals the edit recomputed from the base", True, "2 tensors recomputed"
+    )
+    edited = sum(base.tensors[edit.tensor].size for edit in EDITS)
+    total = sum(path.stat().st_size for path in folder.iterdir()) - edited
+    assert verify_untouched(base, folder, EDITS) == Check(
+        "every other tensor and side file is byte-identical to the base",
+        True,
+        f"{total / 1e6:.1f} MB compared",
+    )
+
+
+def resaved(folder: Path, base: Checkpoint, act: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    """Write the file that holds GAIN again, with its tensors changed."""
+    path = folder / base.tensors[GAIN].file
+    tensors = load_file(path)
+    act(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_tensors_lost_or_added(lost: bool, base: Checkpoint, folder: Path) -> None:
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    if lost:
+        resaved(folder, base, lambda tensors: tensors.pop(GAIN))
+        del index["weight_map"][GAIN]
+    else:
+        resaved(folder, base, lambda tensors: tensors.update(more=torch.ones(2)))
+        index["weight_map"]["more"] = base.tensors[GAIN].file
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    name = GAIN if lost else "more"
+    assert failed(verify_structure(base, folder)) == (
+        f"the tensor {name} is in one of base and output only"
+    )
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda tensors: tensors.update({GAIN: tensors[GAIN].double()}),
+        lambda tensors: tensors.update({GAIN: tensors[GAIN][:32]}),
+        lambda tensors: tensors.update({GAIN: tensors[GAIN].reshape(8, 8)}),
+    ],
+)
+def test_tensors_of_another_kind(act: Callable[..., Any], base: Checkpoint, folder: Path) -> None:
+    resaved(folder, base, act)
+    assert "has another dtype, shape or place than in the base" in failed(
+        verify_structure(base, folder)
+    )
+
+
+@pytest.mark.parametrize("element", [0, 3, 63])
+def test_an_edited_tensor_that_is_wrong(element: int, base: Checkpoint, folder: Path) -> None:
+    change(folder, base, GAIN, lambda values: values[element].add_(1.0))
+    assert failed(verify_edits(base, folder, EDITS)) == f"{GAIN} is not what the edit gives"
+    assert verify_edits(base, folder, EDITS[1:]).passed
+    assert verify_untouched(base, folder, EDITS).passed
+
+
+@pytest.mark.parametrize("step", [1, 7, 10, 4096])
+def test_every_other_byte_counts(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files compared in steps of any size, around and between ranges that may differ."""
+    monkeypatch.setattr(verification, "_STEP", step)
+    one, other = tmp_path / "one", tmp_path / "other"
+    raw, skip = bytes(range(100)), [(20, 30), (30, 35), (50, 60)]
+    one.write_bytes(raw)
+    for position in range(100):
+        other.write_bytes(raw[:position] + b"\xff" + raw[position + 1 :])
+        if any(begin <= position < end for begin, end in skip):
+            assert verification._compare_files(one, other, skip) == 75
+            continue
+        with pytest.raises(BadCheckpoint, match=r"^other differs from the base near byte") as error:
+            verification._compare_files(one, other, skip)
+        near = int(str(error.value).rsplit(" ", 1)[1])
+        assert near <= position < near + step
+
+
+def test_an_edit_at_the_very_end(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(b"abcd")
+    other.write_bytes(b"abXY")
+    assert verification._compare_files(one, other, [(2, 4)]) == 2
+    with pytest.raises(BadCheckpoint, match="near byte 0"):
+        verification._compare_files(one, other, [])
+
+
+def test_side_files_are_compared(base: Checkpoint, folder: Path) -> None:
+    path = folder / "config.json"
+    raw = path.read_bytes()
+    path.write_bytes(raw + b" ")
+    assert failed(verify_untouched(base, folder, EDITS)) == (
+        "config.json has another length than in the base"
+    )
+    path.write_bytes(raw[:-1] + b" ")
+    assert "config.json differs from the base near byte 0" in failed(
+        verify_untouched(base, folder, EDITS)
+    )
+    path.unlink()
+    assert failed(verify_untouched(base, folder, EDITS)) == (
+        f"{path} cannot be read: No such file or directory"
+    )
+
+
+def test_files_that_do_not_belong(base: Checkpoint, folder: Path) -> None:
+    """Generated files and what huggingface_hub leaves are no strangers."""
+    (folder / "surgery.json").write_text("{}")
+    (folder / "README.md").write_text("a card")
+    (folder / ".cache" / "huggingface").mkdir(parents=True)
+    (folder / ".cache" / "huggingface" / "x.lock").write_text("")
+    assert verify_untouched(base, folder, EDITS).passed
+    (folder / "deep").mkdir()
+    (folder / "deep" / "b.py").write_text("")
+    (folder / "deep" / "a.py").write_text("")
+    assert failed(verify_untouched(base, folder, EDITS)) == (
+        "the output has a file the base has not: deep/a.py"
+    )
+
+
+def test_a_card_of_the_base_may_be_replaced(tiny_copy: Tiny, tmp_path: Path) -> None:
+    source = tiny_copy("llama")
+    (source / "README.md").write_text("theirs")
+    (source / "a.txt").write_text("a")
+    base = surgery.resolve(str(source))
+    folder = tmp_path / "out"
+    shutil.copytree(source, folder)
+    (folder / "README.md").write_text("ours")
+    assert verify_untouched(base, folder, ()).passed
+    (folder / "a.txt").write_text("b")
+    assert "a.txt differs" in failed(verify_untouched(base, folder, ()))
+
+
+def test_files_against_the_manifest(folder: Path) -> None:
+    records = [
+        FileRecord(name, 0, file_sha256(folder / name)) for name in sorted(os.listdir(folder))
+    ]
+    name = "every file has the manifest's sha256"
+    assert verify_files(folder, records) == Check(name, True, f"{len(records)} files")
+    (folder / "config.json").write_text("{}")
+    assert verify_files(folder, records) == Check(
+        name, False, "config.json has another sha256 than the manifest says"
+    )
+    (folder / "config.json").unlink()
+    assert verify_files(folder, records) == Check(name, False, "config.json is missing")
+
+
+def test_original_values(base: Checkpoint) -> None:
+    name = "original values kept for undoing are the base's"
+    raw = base.read(GAIN).tobytes()
+    assert verify_originals(base, {GAIN: raw}) == Check(name, True, "1 tensors")
+    assert verify_originals(base, {GAIN: raw[:-1] + b"\x07"}) == Check(
+        name, False, f"the original values of {GAIN} are not the base's"
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# Behaviour
+# --------------------------------------------------------------------------------------------
+
+
+def test_divergence_by_hand() -> None:
+    """KL of two distributions over three words, averaged over two tokens."""
+    p = np.array([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
+    q = np.array([[0.25, 0.25, 0.5], [0.3, 0.3, 0.4]])
+    expected = (p * np.log(p / q)).sum(1).mean()
+    shift = np.array([[3.0], [-2.0]])  # logits are known up to a constant for each token
+    found = divergence(torch.tensor(np.log(p) + shift), torch.tensor(np.log(q)))
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert divergence(torch.tensor(p), torch.tensor(p)) == 0.0
+
+
+@pytest.fixture(scope="module")
+def logits(tiny: Tiny) -> tuple[Any, Any, Any]:
+    """Two sequences, the second padded by two, and the tiny model's logits of the real tokens."""
+    ids = torch.tensor([[1, 5, 9, 13], [1, 7, 0, 0]])
+    real = torch.tensor([[True] * 4, [True, True, False, False]])
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype="float32").eval()
+    with torch.inference_mode():
+        found = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[real]
+    return ids, real, found
+
+
+def behaviour(
+    folder: Path, logits: tuple[Any, Any, Any], reference: Any, **options: Any
+) -> list[Check]:
+    ids, real, found = logits
+    settings = {
+        "fold": "norm",
+        "exact": True,
+        "inexact_because": "because",
+        "dtype": "float32",
+        "device": torch.device("cpu"),
+    }
+    return verify_behaviour(found, reference, folder, ids, real, **{**settings, **options})
+
+
+def test_logits_equal(tiny: Tiny, logits: tuple[Any, Any, Any]) -> None:
+    assert behaviour(tiny("llama"), logits, logits[2].clone()) == [
+        Check("stock transformers loads it, no weight missing", True, "LlamaForCausalLM"),
+        Check("logits are finite", True, "6 tokens"),
+        Check(
+            "logits equal the base under a hook that masks every token",
+            True,
+            "bit-equal in float32",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("share", "exact", "passes"),
+    [
+        (0.019, False, True),
+        (0.021, False, False),
+        (1e-6, True, False),
+        (-0.019, False, True),
+        (-0.021, False, False),
+    ],
+)
+def test_logits_near(
+    share: float, exact: bool, passes: bool, tiny: Tiny, logits: tuple[Any, Any, Any]
+) -> None:
+    """A fiftieth of the largest logit is allowed where rounding is expected; else nothing."""
+    reference = logits[2].clone()
+    largest = float(reference.abs().max())
+    reference[0, int(reference[0].abs().argmin())] += share * largest
+    assert float(reference.abs().max()) == largest
+    difference = float((reference - logits[2]).abs().max())
+    words = ", expected bit-equality" if exact else "; because"
+    assert behaviour(tiny("llama"), logits, reference, exact=exact)[-1] == Check(
+        "logits equal the base under a hook that masks every token",
+        passes,
+        f"largest difference {difference:.2e} (largest logit {largest:.3g}){words}",
+    )
+
+
+def test_the_sink_fold_is_measured_and_not_expected_to_be_equal(
+    tiny: Tiny, logits: tuple[Any, Any, Any]
+) -> None:
+    reference = logits[2] * 1.5
+    checks = behaviour(tiny("llama"), logits, reference, fold="sink")
+    distance = divergence(reference, logits[2])
+    assert [check.name for check in checks[2:]] == [
+        "logits against the paper's mask (hook on the first token)"
+    ]
+    assert checks[-1].passed
+    assert checks[-1].detail == (
+        f"KL(reference ‖ this) {distance:.2e} nats per token; KL(reference ‖ base) {distance:.2e}"
+    )
+    broken = behaviour(tiny("llama"), logits, reference * float("nan"), fold="sink")
+    assert not broken[-1].passed
+
+
+def test_logits_that_are_not_finite(tiny_copy: Tiny, logits: tuple[Any, Any, Any]) -> None:
+    """A checkpoint that loads and gives NaN is no checkpoint."""
+    folder = tiny_copy("llama")
+    checkpoint = surgery.resolve(str(folder))
+    change(folder, checkpoint, "model.norm.weight", lambda values: values.fill_(float("nan")))
+    checks = behaviour(folder, logits, logits[2])
+    assert [check.passed for check in checks] == [True, False, False]
+    assert checks[1] == Check("logits are finite", False, "6 tokens")
+
+
+def test_a_checkpoint_that_does_not_load(tiny_copy: Tiny, logits: tuple[Any, Any, Any]) -> None:
+    folder = tiny_copy("llama")
+    (folder / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(BadCheckpoint):
+        behaviour(folder, logits, logits[2])
