@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,13 +26,13 @@ from surgery.manifest import (
     write_manifest,
 )
 from surgery.mask import Mask, attention_targets, mask_size
-from surgery.plan import CARD, FIGURE, UNDO, Plan, check_output, make_plan
+from surgery.plan import CARD, FIGURE, MANIFEST, UNDO, Plan, check_output, make_plan
 from surgery.quantised import dequantised, loadable, require_editable
 from surgery.settings import SILENT, Reporter, Settings
-from surgery.source import check_downloads, resolve
+from surgery.source import check_downloads, file_sha256, resolve
 from surgery.staging import remove_stale
 from surgery.subject import Subject, calibration_windows, heldout_windows
-from surgery.undo import replaced_files, write_undo
+from surgery.undo import replaced_files, undo_size, write_undo
 from surgery.verification import (
     Check,
     Verification,
@@ -163,7 +162,14 @@ def convert(
     if form == "checkpoint":
         if not dry_run:
             remove_stale(target)  # before the plan looks at the free space
-        plan = make_plan(checkpoint, edits, target, overwrite=overwrite)
+        plan = make_plan(
+            checkpoint,
+            edits,
+            target,
+            overwrite=overwrite,
+            figure=emergence is not None and bool(emergence.rows),
+            undo_size=undo_size(checkpoint, edits) if settings.undo_file else 0,
+        )
     else:
         from surgery.products import plan_product
 
@@ -330,7 +336,7 @@ def _write(
         with reporter.bar("Writing", plan.bytes_written) as advance:
             written = copy_plan(plan, folder, advance)
         check_downloads(checkpoint, {w.name: w.source_sha256 for w in written})
-        figure = emergence is not None and bool(emergence.rows)
+        figure = FIGURE in plan.generated
         if figure and emergence is not None:
             from surgery.figures import plot_layers
 
@@ -349,10 +355,9 @@ def _write(
         card = render_card(manifest, front_matter(checkpoint.folder / CARD), figure=figure)
         (folder / CARD).write_text(card, encoding="utf-8")
         files = [FileRecord(w.name, w.size, w.sha256, w.source_sha256) for w in written]
-        generated = [CARD, *([FIGURE] if figure else [])]
-        if settings.undo_file and write_undo(folder / UNDO, checkpoint, plan.edits):
-            generated.append(UNDO)
-        files += [hashed(folder, name) for name in generated]
+        if UNDO in plan.generated:
+            write_undo(folder / UNDO, checkpoint, plan.edits)
+        files += [hashed(folder, name) for name in plan.generated if name != MANIFEST]
         manifest = replace(manifest, files=files)
         write_manifest(manifest, folder)
         reporter.show(verification)
@@ -361,8 +366,8 @@ def _write(
 
 def hashed(folder: Path, name: str) -> FileRecord:
     """A file as the manifest records it."""
-    raw = (folder / name).read_bytes()
-    return FileRecord(name, len(raw), hashlib.sha256(raw).hexdigest())
+    path = folder / name
+    return FileRecord(name, path.stat().st_size, file_sha256(path))
 
 
 def verification_batch(subject: Subject) -> tuple[Any, Any]:

@@ -43,7 +43,8 @@ class Plan:
     """Everything that will be written.
 
     form: "checkpoint", "gguf", "adapter" or "gguf-adapter"; the edits of an adapter are those that
-    it stands for, and its base stays as it is.
+    it stands for, and its base stays as it is. generated: files that are made anew, such as the
+    card. undo_size: bytes of what the edits overwrite, where that is kept in a file.
     """
 
     checkpoint: Checkpoint
@@ -52,6 +53,8 @@ class Plan:
     edits: tuple[Edit, ...]
     overwrite: bool
     form: str = "checkpoint"
+    generated: tuple[str, ...] = ()
+    undo_size: int = 0
 
     @property
     def bytes_written(self) -> int:
@@ -60,7 +63,7 @@ class Plan:
     @property
     def bytes_needed(self) -> int:
         """Free disk space without which nothing is begun."""
-        return self.bytes_written + _MARGIN
+        return self.bytes_written + self.undo_size + _MARGIN
 
     @property
     def bytes_edited(self) -> int:
@@ -94,16 +97,23 @@ class Plan:
                 {"name": file.name, "bytes": file.size, "action": file.action}
                 for file in self.files
             ],
-            "generated": [CARD, MANIFEST],
+            "generated": list(self.generated),
             "left_out": list(self.checkpoint.left_out),
         }
 
 
 def make_plan(
-    checkpoint: Checkpoint, edits: tuple[Edit, ...], output: Path, *, overwrite: bool = False
+    checkpoint: Checkpoint,
+    edits: tuple[Edit, ...],
+    output: Path,
+    *,
+    overwrite: bool = False,
+    figure: bool = False,
+    undo_size: int = 0,
 ) -> Plan:
     """Decide every file of the output and check all that can be checked.
 
+    figure: whether the layers are drawn. undo_size: bytes of the undo file; 0: there is none.
     Raises BadSettings for an output that exists or is the source, Unsupported for a tensor in a
     format that cannot be edited, BadCheckpoint for edits the headers contradict, and BadSettings
     when the disk is too small.
@@ -115,7 +125,15 @@ def make_plan(
         for name in names
         if name not in GENERATED
     )
-    plan = Plan(checkpoint, Path(os.path.abspath(output)), files, edits, overwrite)
+    plan = Plan(
+        checkpoint,
+        Path(os.path.abspath(output)),
+        files,
+        edits,
+        overwrite,
+        generated=(CARD, *([FIGURE] * figure), *([UNDO] if undo_size else []), MANIFEST),
+        undo_size=undo_size,
+    )
     check_output(plan.checkpoint.folder, plan.output, overwrite=overwrite)
     check_space(plan)
     return plan

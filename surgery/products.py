@@ -41,7 +41,7 @@ from surgery.gguf_conversion import (
 from surgery.gguf_file import read_gguf, shards_of
 from surgery.manifest import Manifest, manifest_text, write_manifest
 from surgery.mask import Mask
-from surgery.plan import CARD, FilePlan, Plan, check_output, check_space
+from surgery.plan import CARD, MANIFEST, FilePlan, Plan, check_output, check_space
 from surgery.settings import Reporter, Settings
 from surgery.source import gguf_source, gguf_to_safetensors
 from surgery.subject import Subject
@@ -85,7 +85,8 @@ def plan_product(
     else:
         check_output(source.folder, target, overwrite=overwrite)
         files_planned = (FilePlan(CONFIG, 2048), FilePlan(WEIGHTS, size))
-    plan = Plan(source, Path(target).absolute(), files_planned, edits, overwrite, form)
+    generated = (CARD, MANIFEST) if form == "adapter" else ()
+    plan = Plan(source, Path(target).absolute(), files_planned, edits, overwrite, form, generated)
     check_space(plan)
     return plan
 

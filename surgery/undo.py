@@ -8,6 +8,7 @@ whole tensor for `rank_one`, whose rounding loses bits that no formula brings ba
 from __future__ import annotations
 
 import base64
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -37,11 +38,17 @@ def needs_file(edits: Iterable[Edit]) -> list[Edit]:
     return [edit for edit in edits if edit.kind in ("columns", "rank_one")]
 
 
-def write_undo(path: Path, checkpoint: Checkpoint, edits: Sequence[Edit]) -> bool:
-    """Keep what these edits overwrite in a file; False, and no file, where the manifest does."""
+def undo_size(checkpoint: Checkpoint, edits: Iterable[Edit]) -> int:
+    """Bytes of the tensors in the file that `write_undo` makes; 0 where it makes none."""
+    kept = [(edit, checkpoint.tensors[edit.tensor]) for edit in needs_file(edits)]
+    return sum(
+        math.prod(kept_shape(edit, entry)) * dtypes.BITS[entry.dtype] // 8 for edit, entry in kept
+    )
+
+
+def write_undo(path: Path, checkpoint: Checkpoint, edits: Sequence[Edit]) -> None:
+    """Keep in a file what these edits overwrite and the manifest does not hold."""
     kept = {edit.tensor: edit for edit in needs_file(edits)}
-    if not kept:
-        return False
 
     def read(name: str) -> bytes:
         edit, entry = kept[name], checkpoint.tensors[name]
@@ -56,7 +63,6 @@ def write_undo(path: Path, checkpoint: Checkpoint, edits: Sequence[Edit]) -> boo
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, shapes, read, {"format": "pt", "surgery": "undo"})
-    return True
 
 
 class UndoFile:

@@ -149,6 +149,8 @@ def _plan(plan: Plan) -> RenderableType:
     table.add_row(
         "files", f"{len(plan.files)} copied, of which patched: {safe(', '.join(patched) or 'none')}"
     )
+    if plan.generated:
+        table.add_row("made anew", safe(", ".join(plan.generated)))
     table.add_row("disk", f"{plan.bytes_needed / 1e6:,.4g} MB needed")
     if plan.checkpoint.left_out:
         table.add_row(
