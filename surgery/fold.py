@@ -108,8 +108,8 @@ def scale_entries(
 ) -> Array64:
     """A gain or bias whose entries in S count 1 - γ times as much.
 
-    stored: [D], or [D, out] for a linear stored that way. In unit-offset norms (null = -1) the effective gain 1 + w is scaled, so that
-    strength 1 stores exactly -1.
+    stored: [D], or [D, out] for a linear stored that way. In unit-offset norms (null = -1) the
+    effective gain 1 + w is scaled, so that strength 1 stores exactly -1.
     """
     edited = stored.copy()
     chosen = list(dimensions)
