@@ -26,7 +26,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
 from surgery.fold import Edit, SinkDirection, make_edits
 from surgery.mask import Mask
-from surgery.plan import CARD, FIGURE, MANIFEST, Plan, make_plan
+from surgery.plan import CARD, FIGURE, MANIFEST, UNDO, Plan, make_plan
 from surgery.write import copy_plan, staging
 
 Tiny = Callable[..., Path]
@@ -235,6 +235,89 @@ def test_plan_is_what_is_written(tiny: Tiny, tmp_path: Path) -> None:
     assert [file.name for file in written] == [file["name"] for file in summary["files"]]
     assert [file.size for file in written] == [file["bytes"] for file in summary["files"]]
     assert left_in(tmp_path / "out") == {file.name for file in written}
+
+
+def test_plan_as_data(tiny: Tiny, tmp_path: Path) -> None:
+    """Everything that a dry run says, for a small plan."""
+    source = tiny("llama", shards=3)
+    plan = planned(source, tmp_path / "out", "norm", figure=True, undo_size=12)
+    sizes = {path.name: path.stat().st_size for path in source.iterdir() if path.name != CARD}
+    found = {file["name"]: file for file in plan.summary()["files"]}
+    assert {name: file["bytes"] for name, file in found.items()} == sizes
+    edited = [f"model.layers.{layer}.input_layernorm.weight" for layer in LAYERS]
+    files = {name: plan.checkpoint.tensors[name].file for name in edited}
+    assert plan.summary() == {
+        "source": str(source),
+        "output": str(tmp_path / "out"),
+        "bytes_written": sum(sizes.values()),
+        "bytes_needed": sum(sizes.values()) + 12 + 8 * 2**20,
+        "bytes_edited": 2 * 4 * 64,
+        "tensors_total": len(tensors_of(source)),
+        "tensors_edited": [
+            {
+                "tensor": name,
+                "layer": layer,
+                "kind": "gain",
+                "dtype": "F32",
+                "shape": [64],
+                "file": files[name],
+                "dimensions": 2,
+            }
+            for layer, name in zip(LAYERS, edited, strict=True)
+        ],
+        "files": [
+            {
+                "name": name,
+                "bytes": file["bytes"],
+                "action": "patch" if name in files.values() else "copy",
+            }
+            for name, file in found.items()
+        ],
+        "generated": [
+            "README.md",
+            "surgery_layers.png",
+            "undo/surgery_undo.safetensors",
+            "surgery.json",
+        ],
+        "left_out": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "generated"),
+    [
+        ({"layer": 3}, {CARD, MANIFEST}),
+        ({}, {CARD, MANIFEST, FIGURE}),
+        ({"layer": 3, "undo_file": True}, {CARD, MANIFEST}),  # the manifest is enough
+        ({"layer": 3, "undo_file": True, "fold": "qkv"}, {CARD, MANIFEST, UNDO}),
+        ({"layer": 3, "undo_file": True, "fold": "sink"}, {CARD, MANIFEST, UNDO}),
+        ({"layer": 3, "form": "adapter", "fold": "sink"}, {CARD, MANIFEST}),
+    ],
+)
+def test_generated_files_are_as_planned(
+    options: dict[str, Any], generated: set[str], tiny: Tiny, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    quick = {"check_tokens": 256, "calibration_tokens": 512, "force": True, "check": False}
+    planned = surgery.convert(str(tiny()), output=output, dry_run=True, **quick, **options).plan
+    made = surgery.convert(str(tiny()), output=output, **quick, **options)
+    assert planned.summary() == made.plan.summary()
+    assert set(planned.generated) == generated
+    present = {path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file()}
+    assert present == generated | {file.name for file in planned.files}
+    kept = [load_file(output / UNDO)] if UNDO in generated else []
+    assert planned.undo_size == sum(value.nbytes for file in kept for value in file.values())
+
+
+def test_space_for_the_undo_file(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without = planned(tiny(), tmp_path / "out")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**12, 0, without.bytes_needed))
+    assert planned(tiny(), tmp_path / "out") == without
+    with pytest.raises(BadSettings, match="larger disk"):
+        planned(tiny(), tmp_path / "out", undo_size=1)
 
 
 def test_planning_touches_nothing(tiny: Tiny, tmp_path: Path) -> None:
