@@ -20,6 +20,7 @@ from surgery import verification
 from surgery.checkpoint import Checkpoint
 from surgery.errors import BadCheckpoint, VerificationFailed
 from surgery.fold import Edit
+from surgery.loading import load_model
 from surgery.manifest import FileRecord
 from surgery.source import file_sha256
 from surgery.verification import (
@@ -331,6 +332,38 @@ def test_logits_equal(tiny: Tiny, logits: tuple[Any, Any, Any]) -> None:
             "bit-equal in float32",
         ),
     ]
+
+
+def test_how_the_written_checkpoint_is_run(
+    tiny: Tiny, logits: tuple[Any, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the base was: in the given dtype, padding masked, no cache; its code only if asked."""
+    ids, real, _ = logits
+    known: dict[str, Any] = {}
+
+    def load(folder: Path, **loading: Any) -> Any:
+        model = load_model(folder, **loading)
+
+        def run(**inputs: Any) -> Any:
+            known.update(folder=folder, loading=loading, inputs=inputs)
+            return model(**inputs)
+
+        return run
+
+    monkeypatch.setattr("surgery.loading.load_model", load)
+    cpu = torch.device("cpu")
+    for asked in ({}, {"trust_remote_code": True}):
+        checks = behaviour(tiny("llama"), logits, logits[2].double(), dtype="float64", **asked)
+        assert known["folder"] == tiny("llama")
+        trust = {"trust_remote_code": False, **asked}
+        assert known["loading"] == {"dtype": "float64", "device": cpu, **trust}
+        inputs = known["inputs"]
+        assert inputs.keys() == {"input_ids", "attention_mask", "use_cache"}
+        assert torch.equal(inputs["input_ids"], ids)
+        assert torch.equal(inputs["attention_mask"], real.long())
+        assert inputs["use_cache"] is False
+    # Float64 is not what the float32 reference was computed in.
+    assert "largest difference" in checks[-1].detail
 
 
 @pytest.mark.parametrize(
