@@ -5,7 +5,7 @@ PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constra
 # The older transformers that checkpoints must load in too; kept apart, imported by a few tests.
 OLD    := $(VENV)/transformers-4.57
 
-.PHONY: demo test test-full test-runtimes lint benchmark soak fuzz clean
+.PHONY: demo test test-full test-runtimes lint benchmark soak fuzz mutants clean
 
 # Convert an embedded real model, load it with stock transformers, and let both speak.
 demo: $(VENV)/ready
@@ -35,6 +35,12 @@ fuzz: $(VENV)/ready-test
 	$(PIP) atheris
 	$(BIN)/python tests/fuzz/fuzz.py --inputs 1000000
 
+# Every small change to the modules that decide what is written must fail a test; about an hour.
+mutants: $(VENV)/ready-test
+	$(PIP) mutmut==3.8.1
+	OMP_NUM_THREADS=1 $(BIN)/mutmut run
+	$(BIN)/mutmut results
+
 lint: $(VENV)/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +67,4 @@ $(VENV)/ready-runtimes: $(VENV)/ready-test
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output mutants
