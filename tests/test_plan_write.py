@@ -320,6 +320,52 @@ def test_space_for_the_undo_file(
         planned(tiny(), tmp_path / "out", undo_size=1)
 
 
+def test_sentences(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a plan that cannot be is refused with, word for word."""
+    source, output = tiny(), tmp_path / "out"
+
+    def sentence(**options: Any) -> str:
+        with pytest.raises(SurgeryError) as error:
+            planned(source, options.pop("output", output), **options)
+        return str(error.value)
+
+    assert sentence(output=source) == ("The output is the source itself; choose another --output.")
+    assert sentence(output=source / "out") == (
+        f"The output {source / 'out'} and the source {source} lie inside one another; "
+        "choose an --output elsewhere."
+    )
+    output.mkdir()
+    assert sentence() == f"{output} exists already; give --overwrite or another --output."
+    (output / "mine.txt").write_text("mine")
+    assert sentence(overwrite=True) == (
+        f"{output} holds files that surgery did not write (no surgery.json), so it will not be "
+        "overwritten; remove it yourself or choose another --output."
+    )
+    file = output / "mine.txt"
+    assert sentence(output=file, overwrite=True) == (
+        f"{file} is not a directory, so it will not be overwritten."
+    )
+    assert sentence(output=file / "below") == (
+        f"{file} is not a directory; choose another --output."
+    )
+    shutil.rmtree(output)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage(10**12, 0, 5_000_000))
+    needed = planned_size(source)
+    assert sentence() == (
+        f"Writing needs {needed / 1e9:.2f} GB and {tmp_path} has 0.01 GB free; choose an --output "
+        "on a larger disk."
+    )
+    writable = lambda path, mode: (path, mode) != (tmp_path, os.W_OK | os.X_OK)  # noqa: E731
+    monkeypatch.setattr(os, "access", writable)
+    assert sentence() == f"{tmp_path} is not writable; choose another --output."
+
+
+def planned_size(source: Path) -> int:
+    """Bytes of a checkpoint without its card, and what a plan keeps free beyond them."""
+    return sum(path.stat().st_size for path in source.iterdir() if path.name != CARD) + 8 * 2**20
+
+
 def test_planning_touches_nothing(tiny: Tiny, tmp_path: Path) -> None:
     planned(tiny(), tmp_path / "a" / "b" / "out")
     assert left_in(tmp_path) == set()
@@ -328,13 +374,29 @@ def test_planning_touches_nothing(tiny: Tiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edits", "kind", "word"),
     [
-        ([Edit("nothing", 0, "gain", (1,), 1.0)], BadCheckpoint, "no tensor nothing"),
-        ([Edit("a", 0, "gain", (1,), 1.0)] * 2, BadCheckpoint, "edited twice"),
-        ([Edit("a", 0, "gain", (4,), 1.0)], BadCheckpoint, "the mask does not fit"),
+        (
+            [Edit("nothing", 0, "gain", (1,), 1.0)],
+            BadCheckpoint,
+            r"^The checkpoint has no tensor nothing to edit\.$",
+        ),
+        (
+            [Edit("a", 0, "gain", (1,), 1.0)] * 2,
+            BadCheckpoint,
+            r"^a would be edited twice\.$",
+        ),
+        (
+            [Edit("a", 0, "gain", (4,), 1.0)],
+            BadCheckpoint,
+            r"^a has shape \[4\], which the mask does not fit\.$",
+        ),
         ([Edit("a", 0, "columns", (1,), 1.0)], BadCheckpoint, "the mask does not fit"),
         ([Edit("b", 0, "columns", (2,), 1.0)], BadCheckpoint, "the mask does not fit"),
         ([Edit("b", 0, "columns", (3,), 1.0, axis=0)], BadCheckpoint, "the mask does not fit"),
-        ([Edit("i", 0, "gain", (1,), 1.0)], Unsupported, "stored as I8"),
+        (
+            [Edit("i", 0, "gain", (1,), 1.0)],
+            Unsupported,
+            r"^i is stored as I8, which cannot be edited; convert the unquantised checkpoint\.$",
+        ),
     ],
 )
 def test_edits_that_the_headers_contradict(
@@ -501,6 +563,52 @@ def test_any_step_size(
     monkeypatch.setattr(write, "STEP", step)
     monkeypatch.setattr(write, "_READ", read)
     assert copied(plan, snapshot) == expected
+
+
+def test_the_calls_that_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both copy from the source to the target, from a position to the same one."""
+    called: list[tuple[Any, ...]] = []
+    monkeypatch.setattr("fcntl.ioctl", lambda *args: called.append(args))
+    assert write._reflink(3, 4) is True
+    assert called.pop() == (4, 0x40049409, 3)
+    monkeypatch.setattr(os, "copy_file_range", lambda *args: called.append(args) or 7)
+    assert write._copy_range(3, 4, 100, 20) == 7
+    assert called.pop() == (3, 4, 100, 20, 20)
+
+    def unsupported(*_args: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not on this file system")
+
+    monkeypatch.setattr("fcntl.ioctl", unsupported)
+    assert write._reflink(3, 4) is False
+
+
+@pytest.mark.parametrize("moved", [0, errno.EIO])
+def test_a_disk_that_fails_is_not_asked_again(
+    moved: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading is another way to copy where the system has none, not where the disk is broken."""
+    plan = planned(tiny(), tmp_path / "out")
+
+    def copy(*_args: Any) -> int:
+        if moved:
+            raise OSError(moved, "Input/output error")
+        return 0
+
+    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(os, "copy_file_range", copy)
+    monkeypatch.setattr(write, "_copy_read", None)
+    sentence = (
+        f"Writing {tmp_path / 'out'} failed: Input/output error."
+        if moved
+        else "The source became shorter while it was read; run it again."
+    )
+    with (
+        pytest.raises(SurgeryError) as error,
+        staging(plan.output, plan.checkpoint.folder, overwrite=False) as target,
+    ):
+        copy_plan(plan, target)
+    assert str(error.value) == sentence
+    assert left_in(tmp_path) == set()
 
 
 def test_short_reads_and_writes(
