@@ -4,8 +4,14 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 # The older transformers that checkpoints must load in too; kept apart, imported by a few tests.
 OLD    := $(VENV)/transformers-4.57
+# Packages that write quantised checkpoints; kept apart too, and without what they depend on, because
+# each asks for other releases of torch, transformers and the others than the rest.
+WRITERS    := $(abspath $(VENV)/quantisation)
+QUANTISERS := auto-round==0.16.1 llmcompressor==0.14.0.1 gptqmodel==7.7.0 optimum==2.3.0 \
+  torchao==0.18.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 loguru==0.7.3 ninja==1.13.2 \
+  nvidia-ml-py==13.615.71 py-cpuinfo==9.0.0 pypcre==0.6.4 tokenicer==0.0.14
 
-.PHONY: demo test test-full test-runtimes lint benchmark soak fuzz mutants clean
+.PHONY: demo test test-full test-runtimes test-packages lint benchmark soak fuzz mutants clean
 
 # Convert an embedded real model, load it with stock transformers, and let both speak.
 demo: $(VENV)/ready
@@ -25,6 +31,11 @@ test-full: $(VENV)/ready-test
 # The same converted model in every runtime there is on PyPI; prints the table of docs/runtimes.md.
 test-runtimes: $(VENV)/ready-runtimes
 	$(BIN)/python -m pytest -m runtimes tests/runtimes
+
+# Checkpoints that quantisation packages write here, on the CPU; gptqmodel compiles (a C++ compiler).
+test-packages: $(VENV)/ready-test
+	$(PIP) --no-deps --upgrade --target $(WRITERS) $(QUANTISERS)
+	PYTHONPATH=$(WRITERS) $(BIN)/python -m pytest -m packages tests/test_quantised.py
 
 # Commands stopped at random moments, for an hour.
 soak: $(VENV)/ready-test

@@ -29,7 +29,7 @@ from surgery.safetensors_file import write_safetensors
 from surgery.source import file_sha256, kept
 
 # Part of the name under which a dequantised copy is kept: raised when the functions change.
-_READER = 1
+_READER = 2
 _INTEGERS = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, "U32": np.uint32, "I64": np.int64}
 # Where AWQ's packing puts the columns of each group of eight.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -72,13 +72,15 @@ def unpack_columns(packed: Array, bits: int) -> NDArray[np.int32]:
 def gptq(parts: Parts, settings: Mapping[str, Any]) -> Weight:
     """scales[g] (q − z), rows of the packed matrices running over the input.
 
-    In the first format zero points were stored less one.
+    In the first format one was taken from every zero point after packing, with a borrow from the
+    next one where it was 0 already.
     """
     bits = int(settings["bits"])
     quantised = unpack_rows(np.ascontiguousarray(parts["qweight"]), bits)
-    zeros = unpack_columns(np.ascontiguousarray(parts["qzeros"]), bits)
+    packed = np.ascontiguousarray(parts["qzeros"]).view(np.uint32)
     if settings.get("checkpoint_format", "gptq") != "gptq_v2":
-        zeros = (zeros + 1) & (2**bits - 1)
+        packed = packed + np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
+    zeros = unpack_columns(packed, bits)
     scales = parts["scales"].astype(np.float32)
     group = int(settings["group_size"])
     rows = len(quantised)
