@@ -221,7 +221,7 @@ def test_what_packages_write(tiny: Callable[..., Path], tmp_path: Path, name: st
     """Checkpoints by the packages themselves: read as they are meant, only the gain edited."""
     package = PACKAGES[name][0]
     if find_spec(package) is None:
-        pytest.skip(f"{package} is not installed (make test-packages installs it)")
+        pytest.skip(f"{package} is not installed")
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     source = tiny("llama", hidden_size=128, intermediate_size=256, dtype=torch.bfloat16, **heads)
     folder = tmp_path / "made"
