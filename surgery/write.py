@@ -80,8 +80,8 @@ def _write_file(
         hasher.start()
         try:
             _copy(reader.fileno(), writer.fileno(), size, patches, ready)
-        except BaseException as error:
-            ready.fail(error)
+        except BaseException:
+            ready.fail()
             raise
         finally:
             hasher.join()
@@ -94,8 +94,7 @@ def _write_file(
 def _require_unchanged(checkpoint: Checkpoint, file: FilePlan, reader: int) -> None:
     """Raise BadCheckpoint when a source file is not the one that was planned with."""
     now = os.fstat(reader)
-    planned = (file.size, checkpoint.modified.get(file.name, now.st_mtime_ns))
-    if (now.st_size, now.st_mtime_ns) != planned:
+    if (now.st_size, now.st_mtime_ns) != (file.size, checkpoint.modified[file.name]):
         raise BadCheckpoint(
             f"{checkpoint.folder / file.name} changed while it was read; run the conversion again."
         )
@@ -114,7 +113,7 @@ class _Watermark:
             self._position = position
             self._condition.notify_all()
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self) -> None:
         with self._condition:
             self.failed = True
             self._condition.notify_all()

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections import namedtuple
@@ -320,6 +321,13 @@ def test_space_for_the_undo_file(
         planned(tiny(), tmp_path / "out", undo_size=1)
 
 
+def test_what_a_plan_assumes(tiny: Tiny, tmp_path: Path) -> None:
+    plan = planned(tiny(), tmp_path / "out")
+    assert plan.generated == (CARD, MANIFEST)
+    assert (plan.form, plan.overwrite, plan.undo_size) == ("checkpoint", False, 0)
+    assert planned(tiny(), tmp_path / "out", overwrite=True).overwrite
+
+
 def test_sentences(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a plan that cannot be is refused with, word for word."""
     source, output = tiny(), tmp_path / "out"
@@ -611,6 +619,48 @@ def test_a_disk_that_fails_is_not_asked_again(
     assert left_in(tmp_path) == set()
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system takes no advice")
+@pytest.mark.parametrize("how", ["taken", "refused", "no such call"])
+def test_write_back_is_begun_step_by_step(
+    how: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot
+) -> None:
+    """The disk is told of every whole step once it is hashed; that is advice, and may fail."""
+    plan = planned(tiny(), tmp_path / "out")
+    expected = copied(plan, snapshot)
+    told: dict[str, list[tuple[int, ...]]] = {}
+
+    def advise(descriptor: int, *advice: int) -> None:
+        name = Path(os.readlink(f"/proc/self/fd/{descriptor}")).name
+        told.setdefault(name, []).append(advice)
+        if how == "refused":
+            raise OSError(errno.EINVAL, "no advice, please")
+
+    (weights,) = (file for file in plan.files if file.edits)
+    monkeypatch.setattr(write, "STEP", 50_000)
+    monkeypatch.setattr(write, "_READ", 10_000)
+    if how == "no such call":
+        monkeypatch.delattr(os, "posix_fadvise")
+    else:
+        monkeypatch.setattr(os, "posix_fadvise", advise)
+    assert copied(plan, snapshot) == expected
+    if how == "no such call":
+        return
+    advice = told[weights.name]
+    ends = [position + count for position, count, _ in advice]
+    assert [position for position, _, _ in advice] == [0, *ends[:-1]]
+    assert all(50_000 <= count < 60_000 for _, count, _ in advice)
+    assert 0 <= weights.size - ends[-1] < 60_000
+    assert {what for _, _, what in advice} == {os.POSIX_FADV_DONTNEED}
+
+
+def test_where_the_first_patch_is(tiny: Tiny, tmp_path: Path) -> None:
+    """Up to there source and output are hashed once; without patches, everywhere."""
+    plan = planned(tiny(), tmp_path / "out")
+    begins = [plan.checkpoint.tensors[edit.tensor].begin for edit in plan.edits]
+    assert write._Patches(plan.checkpoint, plan.edits).first == min(begins)
+    assert write._Patches(plan.checkpoint, ()).first >= 2**63
+
+
 def test_short_reads_and_writes(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot
 ) -> None:
@@ -752,14 +802,21 @@ def test_source_that_shrinks(
     interrupted(tmp_path, source, BadCheckpoint, "became shorter while it was read")
 
 
-@pytest.mark.parametrize("change", [-1, 1, -(10**6)])
-def test_source_that_changed_since_the_plan(change: int, tiny_copy: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [-1, 1, -(10**6), 0])
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_source_that_changed_since_the_plan(
+    change: int, name: str, tiny_copy: Tiny, tmp_path: Path
+) -> None:
+    """In length, or (0) in its time of change alone."""
     source, output = tiny_copy(), tmp_path / "out"
     plan = planned(source, output)
-    file = source / "model.safetensors"
-    os.truncate(file, max(0, file.stat().st_size + change))
+    file = source / name
+    before = file.stat()
+    os.truncate(file, max(0, before.st_size + change))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + (change == 0)))
+    sentence = f"{file} changed while it was read; run the conversion again."
     with (
-        pytest.raises(BadCheckpoint, match="changed while it was read"),
+        pytest.raises(BadCheckpoint, match=f"^{re.escape(sentence)}$"),
         staging(output, source, overwrite=False) as target,
     ):
         copy_plan(plan, target)
