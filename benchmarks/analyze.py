@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import struct
 import subprocess
 import sys
 import tempfile
@@ -21,7 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from planted import make
 
 SHARD_BYTES = 500_000_000
 
@@ -41,80 +39,6 @@ print(json.dumps({
     "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
 }))
 """
-
-
-def make(folder: Path, gigabytes: float, layer: int) -> int:
-    """A Llama of about that size, planted at a layer; returns the bytes of one decoder layer."""
-    import tiny_models
-    import torch
-    from transformers.utils import logging
-
-    from surgery.checkpoint import Origin, open_checkpoint
-
-    logging.disable_progress_bar()
-    seed, made = folder.with_name("seed"), layer + 2
-    tiny_models.save(
-        "llama",
-        seed,
-        layer=layer,
-        layers=made,
-        dtype=torch.bfloat16,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-    )
-    source = open_checkpoint(seed, Origin("directory", "seed", "seed"))
-    last = f"model.layers.{made - 1}."
-    repeated = [name for name in source.tensors if name.startswith(last)]
-    layer_bytes = sum(source.tensors[name].size for name in repeated)
-    depth = made + round((gigabytes * 1e9 - source.size) / layer_bytes)
-    folder.mkdir()
-    for name in source.side_files:
-        if name != "model.safetensors.index.json":
-            shutil.copyfile(seed / name, folder / name)
-    config = json.loads((seed / "config.json").read_text())
-    config["num_hidden_layers"] = depth
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = {name: name for name in source.tensors}
-    for index in range(made, depth):
-        tensors |= {f"model.layers.{index}." + name[len(last) :]: name for name in repeated}
-    _write(folder, source, tensors)
-    shutil.rmtree(seed)
-    return layer_bytes
-
-
-def _write(folder: Path, source, tensors: dict[str, str]) -> None:
-    """Shards holding each tensor under its new name, with the bytes of the old one."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, old in tensors.items():
-        if size > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += source.tensors[old].size
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        header, position = {}, 0
-        for name in names:
-            entry = source.tensors[tensors[name]]
-            offsets = [position, position + entry.size]
-            header[name] = {
-                "dtype": entry.dtype,
-                "shape": list(entry.shape),
-                "data_offsets": offsets,
-            }
-            position = offsets[1]
-            weight_map[name] = file
-        raw = json.dumps(header).encode()
-        with open(folder / file, "wb") as written:
-            written.write(struct.pack("<Q", len(raw)) + raw)
-            for name in names:
-                written.write(source.read_bytes(tensors[name]))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def run(folder: Path, way: str, dtype: str) -> dict[str, float]:
@@ -149,7 +73,7 @@ def main() -> None:
                 folder = Path(temporary) / "model"
                 # In a process of its own: children inherit the peak memory of their parent.
                 with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-                    layer_bytes = pool.submit(make, folder, gigabytes, layer).result()
+                    layer_bytes = pool.submit(make, folder, gigabytes, layer, SHARD_BYTES).result()
                 full = layer == arguments.layers[0] and not arguments.stream_only
                 for way in ("stream", "full") if full else ("stream",):
                     result = run(folder, way, arguments.dtype)

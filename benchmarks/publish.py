@@ -1,8 +1,8 @@
 """How much travels when a large Hub model is converted there: `convert --push-to-hub --remote`.
 
 A sharded Llama on a loopback Hub server, its massive activation planted at layer 2; all layers
-after the first few are holes in sparse files, which read as zeros and hand the residual stream on.
-Norm fold, scope first, once with the layer given and once located on the way.
+after the first few are holes in sparse files. Norm fold, scope first, once with the layer given and
+once located on the way.
 
     python benchmarks/publish.py --gigabytes 30
 """
@@ -10,90 +10,21 @@ Norm fold, scope first, once with the layer given and once located on the way.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import struct
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from planted import make
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-EMERGENCE, MADE = 2, 4
+EMERGENCE = 2
 SHARD_BYTES = 1_000_000_000
 # Wanted: at most this share of the model, and one shard in either direction.
 ALLOWED = 0.03
-
-
-def make(folder: Path, gigabytes: float) -> int:
-    """Write the checkpoint, holes and all; returns the bytes of its weights."""
-    import tiny_models
-    import torch
-
-    from surgery.checkpoint import Origin, open_checkpoint
-
-    seed = folder.with_name("seed")
-    tiny_models.save(
-        "llama",
-        seed,
-        layer=EMERGENCE,
-        layers=MADE,
-        dtype=torch.bfloat16,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_attention_heads=16,
-        num_key_value_heads=4,
-    )
-    source = open_checkpoint(seed, Origin("directory", "seed", "seed"))
-    last = f"model.layers.{MADE - 1}."
-    repeated = [name for name in source.tensors if name.startswith(last)]
-    layer_bytes = sum(source.tensors[name].size for name in repeated)
-    depth = MADE + round((gigabytes * 1e9 - source.size) / layer_bytes)
-    folder.mkdir()
-    for name in source.side_files:
-        if name != "model.safetensors.index.json":
-            (folder / name).write_bytes((seed / name).read_bytes())
-    config = json.loads((seed / "config.json").read_text())
-    config["num_hidden_layers"] = depth
-    (folder / "config.json").write_text(json.dumps(config))
-    tensors = {name: (name, True) for name in source.tensors}
-    for layer in range(MADE, depth):
-        prefix = f"model.layers.{layer}."
-        tensors |= {prefix + name[len(last) :]: (name, False) for name in repeated}
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, (old, _) in tensors.items():
-        if size > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += source.tensors[old].size
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(names, file)
-        header, position = {}, 0
-        for name in names:
-            entry = source.tensors[tensors[name][0]]
-            offsets = [position, position + entry.size]
-            shape = list(entry.shape)
-            header[name] = {"dtype": entry.dtype, "shape": shape, "data_offsets": offsets}
-            position = offsets[1]
-        raw = json.dumps(header).encode()
-        with open(folder / file, "wb") as written:
-            written.write(struct.pack("<Q", len(raw)) + raw)
-            for name in names:
-                old, real = tensors[name]
-                if real:
-                    written.write(source.read_bytes(old))
-                else:
-                    written.seek(source.tensors[old].size, os.SEEK_CUR)
-            written.truncate(8 + len(raw) + position)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def main() -> None:
@@ -106,8 +37,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         folder = Path(temporary) / "model"
-        total = make(folder, arguments.gigabytes)
-        changed = max(path.stat().st_size for path in folder.glob("*.safetensors"))
+        make(folder, arguments.gigabytes, EMERGENCE, SHARD_BYTES, holes=True)
+        sizes = [path.stat().st_size for path in folder.glob("*.safetensors")]
+        total, changed = sum(sizes), max(sizes)
         print(f"{total / 1e9:.1f} GB of weights, shards of at most {changed / 1e9:.2f} GB\n")
         print("| layer | seconds | from the Hub | to the Hub | beyond one shard, of the model |")
         print("| --- | --- | --- | --- | --- |")
