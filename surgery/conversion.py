@@ -16,6 +16,7 @@ from surgery.errors import BadSettings, QualityGate, SurgeryError
 from surgery.fold import Edit, SinkDirection, make_edits
 from surgery.locate import Emergence
 from surgery.manifest import (
+    EditRecord,
     FileRecord,
     Manifest,
     clean_numbers,
@@ -183,23 +184,16 @@ def convert(
         reporter.show(quality)
         forced = _gate(subject, anatomy, mask, quality, settings, reporter)
         quality_record = {**quality.as_dict(), "forced": forced, "leak_text": "held-out text"}
-    manifest = Manifest(
-        tool=f"wemask-surgery {tool_version()}",
-        base=checkpoint.origin,
-        model_type=anatomy.model_type,
-        hidden_size=anatomy.hidden_size,
-        depth=anatomy.depth,
-        anatomy=anatomy.known_from,
-        settings=recorded(settings),
-        strength=mask.strength,
-        dimensions={layer: list(mask.dimensions[layer]) for layer in mask.layers},
-        edits=records(plan.checkpoint, plan.edits),
+    manifest = replace(
+        known_manifest(
+            checkpoint,
+            anatomy,
+            mask,
+            records(plan.checkpoint, plan.edits),
+            emergence,
+            settings,
+        ),
         sinks=sink_records(sinks, leaks) if sinks else {},
-        files=[],
-        versions=versions(),
-        left_out=list(checkpoint.left_out),
-        replaced=replaced_files(checkpoint),
-        emergence=clean_numbers(emergence.as_dict()) if emergence else None,
         quality=clean_numbers(quality_record),
     )
     if form == "checkpoint":
@@ -209,10 +203,37 @@ def convert(
     else:
         from surgery.products import write_product
 
-        verification, manifest = write_product(
-            plan, manifest, subject, anatomy, mask, settings, reporter
-        )
+        verification, manifest = write_product(plan, manifest, subject, anatomy, mask)
     return Conversion(plan.output, plan, mask, emergence, quality, verification, manifest)
+
+
+def known_manifest(
+    checkpoint: Checkpoint,
+    anatomy: Anatomy,
+    mask: Mask,
+    edits: list[EditRecord],
+    emergence: Emergence | None,
+    settings: Settings,
+) -> Manifest:
+    """The manifest as far as it is known before anything is measured or written."""
+    return Manifest(
+        tool=f"wemask-surgery {tool_version()}",
+        base=checkpoint.origin,
+        model_type=anatomy.model_type,
+        hidden_size=anatomy.hidden_size,
+        depth=anatomy.depth,
+        anatomy=anatomy.known_from,
+        settings=recorded(settings),
+        strength=mask.strength,
+        dimensions={layer: list(mask.dimensions[layer]) for layer in mask.layers},
+        edits=edits,
+        sinks={},
+        files=[],
+        versions=versions(),
+        left_out=list(checkpoint.left_out),
+        replaced=replaced_files(checkpoint),
+        emergence=clean_numbers(emergence.as_dict()) if emergence else None,
+    )
 
 
 def _needs_no_weights(settings: Settings) -> bool:

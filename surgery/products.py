@@ -92,17 +92,11 @@ def plan_product(
 
 
 def write_product(
-    plan: Plan,
-    manifest: Manifest,
-    subject: Subject,
-    anatomy: Anatomy,
-    mask: Mask,
-    settings: Settings,
-    reporter: Reporter,
+    plan: Plan, manifest: Manifest, subject: Subject, anatomy: Anatomy, mask: Mask
 ) -> tuple[Verification, Manifest]:
     """Write what was planned, verified before it gets its name."""
     write = {"gguf": _write_gguf, "adapter": _write_adapter, "gguf-adapter": _write_gguf_adapter}
-    return write[plan.form](plan, manifest, subject, anatomy, mask, settings, reporter)
+    return write[plan.form](plan, manifest, subject, anatomy, mask)
 
 
 # --------------------------------------------------------------------------------------------
@@ -111,36 +105,30 @@ def write_product(
 
 
 def _write_gguf(
-    plan: Plan,
-    manifest: Manifest,
-    subject: Subject,
-    anatomy: Anatomy,
-    mask: Mask,
-    settings: Settings,
-    reporter: Reporter,
+    plan: Plan, manifest: Manifest, subject: Subject, anatomy: Anatomy, mask: Mask
 ) -> tuple[Verification, Manifest]:
     files = [read_gguf(shard) for shard in shards_of(plan.checkpoint.folder / plan.files[0].name)]
     with gguf_staging(plan.output, len(files), overwrite=plan.overwrite) as folder:
-        reporter.say(f"Writing {plan.output.name}")
+        subject.reporter.say(f"Writing {plan.output.name}")
         manifest, targets = write_gguf(plan, files, manifest, folder)
         checks = verify_gguf_bytes(targets[0])
-        if settings.check:
-            reporter.say("Verifying")
-            checks += _gguf_behaviour(targets, subject, anatomy, mask, settings)
+        if subject.settings.check:
+            subject.reporter.say("Verifying")
+            checks += _gguf_behaviour(targets, subject, anatomy, mask)
         verification = Verification(tuple(checks))
         verification.require()
-        reporter.show(verification)
+        subject.reporter.show(verification)
     return verification, replace(manifest, verification=verification.as_dict())
 
 
 def _gguf_behaviour(
-    written: Sequence[Path], subject: Subject, anatomy: Anatomy, mask: Mask, settings: Settings
+    written: Sequence[Path], subject: Subject, anatomy: Anatomy, mask: Mask
 ) -> list[Check]:
     """The written file, dequantised by transformers, against the base under hooks."""
     with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
         folder = Path(temporary)
         gguf_to_safetensors(written, folder)
-        return behaviour(subject, anatomy, mask, (), folder, settings)
+        return behaviour(subject, anatomy, mask, (), folder, subject.settings)
 
 
 def verify_gguf(path: Path, settings: Settings, reporter: Reporter) -> Verification:
@@ -164,7 +152,7 @@ def verify_gguf(path: Path, settings: Settings, reporter: Reporter) -> Verificat
         anatomy = examine(base)
         subject = Subject(base, settings, reporter)
         mask = mask_of(manifest)
-        checks += _gguf_behaviour([file.path for file in files], subject, anatomy, mask, settings)
+        checks += _gguf_behaviour([file.path for file in files], subject, anatomy, mask)
     return Verification(tuple(checks))
 
 
@@ -184,22 +172,16 @@ def mask_of(manifest: Manifest) -> Mask:
 
 
 def _write_adapter(
-    plan: Plan,
-    manifest: Manifest,
-    subject: Subject,
-    anatomy: Anatomy,
-    mask: Mask,
-    settings: Settings,
-    reporter: Reporter,
+    plan: Plan, manifest: Manifest, subject: Subject, anatomy: Anatomy, mask: Mask
 ) -> tuple[Verification, Manifest]:
     checkpoint, transposed = plan.checkpoint, anatomy.input_axis == 0
     terms = rank_one_terms(checkpoint, anatomy, plan.edits)
     with staging(plan.output, checkpoint.folder, overwrite=plan.overwrite) as folder:
-        reporter.say(f"Writing {plan.output.name}")
+        subject.reporter.say(f"Writing {plan.output.name}")
         names = write_peft(folder, checkpoint.origin, terms, mask.strength, transposed=transposed)
         checks = [verify_peft(folder, terms, mask.strength, transposed=transposed)]
-        if settings.check:
-            checks += adapter_behaviour(subject, anatomy, mask, plan.edits, folder, reporter)
+        if subject.settings.check:
+            checks += adapter_behaviour(subject, anatomy, mask, plan.edits, folder)
         verification = Verification(tuple(checks))
         verification.require()
         manifest = replace(manifest, verification=verification.as_dict())
@@ -207,7 +189,7 @@ def _write_adapter(
         (folder / CARD).write_text(card, encoding="utf-8")
         manifest = replace(manifest, files=[hashed(folder, name) for name in (*names, CARD)])
         write_manifest(manifest, folder)
-        reporter.show(verification)
+        subject.reporter.show(verification)
     return verification, manifest
 
 
@@ -226,7 +208,7 @@ def verify_adapter(
     checks = [verify_peft(folder, terms, manifest.strength, transposed=transposed)]
     if checks[0].passed:
         subject = Subject(base, settings, reporter)
-        checks += adapter_behaviour(subject, anatomy, mask_of(manifest), edits, folder, reporter)
+        checks += adapter_behaviour(subject, anatomy, mask_of(manifest), edits, folder)
     return checks
 
 
@@ -236,11 +218,10 @@ def adapter_behaviour(
     mask: Mask,
     edits: Sequence[Edit],
     folder: Path,
-    reporter: Reporter,
 ) -> list[Check]:
     """The base with the adapter, by PEFT, against the folded weights and the paper's mask."""
     if find_spec("peft") is None:
-        reporter.say("Logits are not compared: that needs PEFT (pip install peft)")
+        subject.reporter.say("Logits are not compared: that needs PEFT (pip install peft)")
         return []
     import torch
     from peft import PeftModel
@@ -249,7 +230,7 @@ def adapter_behaviour(
     from surgery.loading import quiet
     from surgery.reference import masked
 
-    reporter.say("Verifying")
+    subject.reporter.say("Verifying")
     model, device = subject.model, subject.device
     ids, real = verification_batch(subject)
 
@@ -284,20 +265,14 @@ def adapter_behaviour(
 
 
 def _write_gguf_adapter(
-    plan: Plan,
-    manifest: Manifest,
-    subject: Subject,
-    anatomy: Anatomy,
-    mask: Mask,
-    settings: Settings,
-    reporter: Reporter,
+    plan: Plan, manifest: Manifest, subject: Subject, anatomy: Anatomy, mask: Mask
 ) -> tuple[Verification, Manifest]:
     checkpoint = plan.checkpoint
     terms = rank_one_terms(checkpoint, anatomy, plan.edits)
     architecture, updates = _updates(checkpoint, anatomy, plan.edits, terms)
     manifest = replace(manifest, container={"kind": "gguf-adapter"})
     with gguf_staging(plan.output, 1, overwrite=plan.overwrite) as folder:
-        reporter.say(f"Writing {plan.output.name}")
+        subject.reporter.say(f"Writing {plan.output.name}")
         path = folder / plan.output.name
         text = manifest_text(manifest)
         write_gguf_adapter(path, architecture, updates, mask.strength, checkpoint.origin, text)
@@ -313,7 +288,7 @@ def _write_gguf_adapter(
 
         verification = Verification((checked("the written file holds the updates", test),))
         verification.require()
-        reporter.show(verification)
+        subject.reporter.show(verification)
     return verification, replace(manifest, verification=verification.as_dict())
 
 

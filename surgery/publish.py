@@ -19,7 +19,7 @@ from surgery.analysis import choose_mask, examine, given_emergence, stream_model
 from surgery.anatomy import depth_of
 from surgery.card import front_matter, render_card
 from surgery.checkpoint import Checkpoint, carried, read_header
-from surgery.conversion import check_given_layers, hashed, recorded
+from surgery.conversion import check_given_layers, hashed, known_manifest
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, VerificationFailed
 from surgery.fold import Edit, make_edits
 from surgery.hub import Pushed, in_one_sentence, repository_name, stale_files
@@ -27,10 +27,7 @@ from surgery.locate import Emergence
 from surgery.manifest import (
     FileRecord,
     Manifest,
-    clean_numbers,
     records,
-    tool_version,
-    versions,
     write_manifest,
 )
 from surgery.mask import Mask, attention_targets
@@ -40,7 +37,6 @@ from surgery.remote import KeptRanges
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve_light
 from surgery.subject import Subject
-from surgery.undo import replaced_files
 from surgery.verification import Verification, checked
 from surgery.write import edited_blocks
 
@@ -210,23 +206,8 @@ def _describe(
     """Card, figure and manifest beside the changed files."""
     verification = _verify(checkpoint, folder, edits, by_file)
     verification.require()
-    manifest = Manifest(
-        tool=f"wemask-surgery {tool_version()}",
-        base=checkpoint.origin,
-        model_type=anatomy.model_type,
-        hidden_size=anatomy.hidden_size,
-        depth=anatomy.depth,
-        anatomy=anatomy.known_from,
-        settings=recorded(settings),
-        strength=mask.strength,
-        dimensions={layer: list(mask.dimensions[layer]) for layer in mask.layers},
-        edits=records(checkpoint, edits),
-        sinks={},
-        files=[],
-        versions=versions(),
-        left_out=list(checkpoint.left_out),
-        replaced=replaced_files(checkpoint),
-        emergence=clean_numbers(emergence.as_dict()) if emergence else None,
+    manifest = replace(
+        known_manifest(checkpoint, anatomy, mask, records(checkpoint, edits), emergence, settings),
         verification=verification.as_dict(),
     )
     figure = emergence is not None and bool(emergence.rows)

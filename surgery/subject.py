@@ -17,7 +17,7 @@ class Subject:
     """A checkpoint with its model and tokenizer, loaded when first needed."""
 
     def __init__(self, checkpoint: Checkpoint, settings: Settings, reporter: Reporter) -> None:
-        self.checkpoint, self._settings, self._reporter = checkpoint, settings, reporter
+        self.checkpoint, self.settings, self.reporter = checkpoint, settings, reporter
         self._model: Any = None
         self._tokenizer: Any = None
 
@@ -25,19 +25,19 @@ class Subject:
     def device(self) -> Any:
         from surgery.loading import pick_device
 
-        return pick_device(self._settings.device)
+        return pick_device(self.settings.device)
 
     @property
     def model(self) -> Any:
         if self._model is None:
             from surgery.loading import load_model, require_finite
 
-            self._reporter.say(f"Loading {self.checkpoint.origin.name} ({self._settings.dtype})")
+            self.reporter.say(f"Loading {self.checkpoint.origin.name} ({self.settings.dtype})")
             self._model = load_model(
                 self.checkpoint.folder,
-                dtype=self._settings.dtype,
+                dtype=self.settings.dtype,
                 device=self.device,
-                trust_remote_code=self._settings.trust_remote_code,
+                trust_remote_code=self.settings.trust_remote_code,
             )
             require_finite(self._model)
         return self._model
@@ -48,7 +48,7 @@ class Subject:
             from surgery.loading import load_tokenizer
 
             self._tokenizer = load_tokenizer(
-                self.checkpoint.folder, trust_remote_code=self._settings.trust_remote_code
+                self.checkpoint.folder, trust_remote_code=self.settings.trust_remote_code
             )
         return self._tokenizer
 
@@ -59,7 +59,7 @@ class Subject:
 
         return AutoConfig.from_pretrained(
             self.checkpoint.folder,
-            trust_remote_code=self._settings.trust_remote_code,
+            trust_remote_code=self.settings.trust_remote_code,
             local_files_only=True,
         )
 
