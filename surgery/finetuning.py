@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.analysis import choose_mask, examine, find_emergence, given_emergence
 from surgery.anatomy import Anatomy
-from surgery.checkpoint import Checkpoint, Origin, open_checkpoint
+from surgery.checkpoint import Checkpoint, Origin, open_checkpoint, read_json
 from surgery.conversion import Conversion, calibrate_sinks, convert
 from surgery.errors import BadSettings
 from surgery.locate import Emergence
@@ -36,6 +37,7 @@ from surgery.plan import CARD, LOSS_FIGURE, Plan
 from surgery.recipe import BLOCK, Recipe, parse_recipe, read_recipe
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
+from surgery.staging import held, put, remove_stale, replacing, sync_tree
 from surgery.subject import Subject
 from surgery.trained import add_training, agreement, stands_alone, verify_closed, verify_masked
 from surgery.training import Trained, train, training_versions
@@ -98,20 +100,58 @@ def finetune(
     """
     path = Path(recipe)
     raw = {**read_recipe(path), **(changes or {})}
-    block = raw.get("surgery")
-    named = output or (block.get("output") if isinstance(block, dict) else None)
-    target = Path(os.path.abspath(named or f"{path.stem}-output"))
+    target = _target(output, raw, path)
     if smoke:
         from surgery.smoke import make_small
 
         raw = make_small(raw)
     parsed = parse_recipe(raw, path.name, target / WORK / "checkpoints")
+    with ExitStack() as stack, _in_one_sentence(target):
+        return _run(parsed, target, stack, smoke, resume, overwrite, reporter)
+
+
+def _target(output: str | Path | None, raw: Mapping[str, Any], recipe: Path) -> Path:
+    """The folder to write: as told, else the recipe's, else named after the recipe."""
+    block = raw.get(BLOCK)
+    named = output or (block.get("output") if isinstance(block, dict) else None)
+    if named is not None and (not isinstance(named, str | Path) or "\0" in str(named)):
+        raise BadSettings(f"{BLOCK}: output cannot be {named!r}.")
+    return Path(os.path.abspath(named or f"{recipe.stem}-output"))
+
+
+@contextmanager
+def _in_one_sentence(output: Path) -> Iterator[None]:
+    """What the disk refuses while training, which several libraries say in their own ways."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch.save says so of a full disk; any other RuntimeError is a mistake of the program's.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        raise BadSettings(
+            f"Training in {output} failed: {reason}; once that is mended, go on with --resume."
+        ) from error
+
+
+def _run(
+    parsed: Recipe,
+    target: Path,
+    stack: ExitStack,
+    smoke: bool,
+    resume: bool,
+    overwrite: bool,
+    reporter: Reporter,
+) -> FineTuning | None:
+    """`finetune` of a parsed recipe; the output is held until `stack` is closed."""
     arguments = parsed.arguments
     main = arguments.process_index == 0
     reporter = reporter if main else SILENT
     with arguments.main_process_first(local=False):
         if main:
-            _prepare(parsed, target, resume=resume, overwrite=overwrite)
+            _prepare(parsed, target, stack, resume=resume, overwrite=overwrite)
         checkpoint = resolve(
             str(parsed.model.model_name_or_path), _revision(parsed), say=reporter.say
         )
@@ -175,33 +215,61 @@ def _case(recipe: Recipe, checkpoint: Checkpoint, output: Path, smoke: bool) -> 
     return _Case(recipe, checkpoint, anatomy, settings, output)
 
 
-def _prepare(recipe: Recipe, output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the work folder, or find the one to resume from; BadSettings where neither may be."""
+def _prepare(
+    recipe: Recipe, output: Path, stack: ExitStack, *, resume: bool, overwrite: bool
+) -> None:
+    """Make the work folder, or find the one to resume from; BadSettings where neither may be.
+
+    Until `stack` is closed no other process trains there.
+    """
     work, known = output / WORK, output / WORK / "recipe.json"
     record = json.loads(json.dumps(recipe.record(), default=str))
     if resume:
+        remove_stale(output)
         if not known.is_file():
-            raise BadSettings(f"{output} holds no training to resume.")
-        before = json.loads(known.read_text(encoding="utf-8"))
+            raise BadSettings(f"{output} holds no training to resume; begin it without --resume.")
+        before = read_json(known)
         differing = _differing(before, record)
         if differing:
             raise BadSettings(
                 f"{output} was begun with another recipe ({', '.join(differing)} differ); a "
                 "resumed training must be the same one."
             )
-        known.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        stack.enter_context(held(work))
+        _write_json(known, record)
         return
-    if output.exists():
-        if not known.is_file() and (not output.is_dir() or any(output.iterdir())):
+    with replacing(output, lambda: _check_output(output, overwrite=overwrite)) as folder:
+        _check_output(output, overwrite=overwrite)
+        (folder / WORK).mkdir()
+        _write_json(folder / WORK / "recipe.json", record)
+        stack.enter_context(held(folder / WORK))
+
+
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    """Raise BadSettings unless a training may begin in `output`."""
+    if not os.path.lexists(output):
+        return
+    if output.is_symlink() or not output.is_dir():
+        raise BadSettings(f"{output} exists already and is no folder; choose another --output.")
+    work = output / WORK
+    if not (work / "recipe.json").is_file():
+        if any(output.iterdir()):
             raise BadSettings(f"{output} exists already; choose another --output.")
-        if known.is_file() and not overwrite:
-            raise BadSettings(
-                f"{output} holds a training already; go on with --resume, begin again with "
-                "--overwrite, or choose another --output."
-            )
-        shutil.rmtree(output)
-    work.mkdir(parents=True)
-    known.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        return
+    if not overwrite:
+        raise BadSettings(
+            f"{output} holds a training already; go on with --resume, begin again with "
+            "--overwrite, or choose another --output."
+        )
+    with held(work):
+        pass
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """A file that is whole or the earlier one, wherever the process ends."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 # What may change between a training and its resumption: none of it touches the weights.
@@ -247,8 +315,7 @@ def _masks(case: _Case, reporter: Reporter) -> tuple[Emergence | None, Masks]:
     fold = mask_for(treatment.fold_scope) if treatment.folds else None
     subject.release()
     masks = (training, fold)
-    text = json.dumps([_as_data(mask) for mask in masks])
-    (case.work / "masks.json").write_text(text, encoding="utf-8")
+    _write_json(case.work / "masks.json", [_as_data(mask) for mask in masks])
     return emergence, masks
 
 
@@ -292,6 +359,8 @@ def _finish(
     """Merge, fold, verify and write everything under temporary names, then rename."""
     part = case.output / ".finishing"
     shutil.rmtree(part, ignore_errors=True)
+    for name in (BASE, ADAPTER, MODEL):
+        remove_stale(case.output / name)
     part.mkdir()
     try:
         return _finish_in(part, case, trained, emergence, fold_mask, shut, reporter)
@@ -328,12 +397,11 @@ def _finish_in(
     for name in (MODEL, ADAPTER):
         if (part / name).is_dir():
             add_training(part / name, record, checks, figure if drawn else None, case.checkpoint)
-    places: dict[str, Path | None] = {}
-    for name in (MODEL, ADAPTER, BASE):
-        places[name] = _publish(part / name, case.output / name)
+    # An adapter's base first, so that no adapter is ever there without it.
+    places = {name: _publish(part / name, case.output / name) for name in (BASE, ADAPTER, MODEL)}
     if drawn:
         os.replace(figure, case.output / "loss.png")
-    (case.work / "record.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    _write_json(case.work / "record.json", record)
     if treatment.push:
         _push(case, places, reporter)
     return FineTuning(
@@ -362,9 +430,8 @@ class _Within(Reporter):
 def _publish(folder: Path, target: Path) -> Path | None:
     if not folder.is_dir():
         return None
-    if target.exists():
-        shutil.rmtree(target)
-    os.rename(folder, target)
+    sync_tree(folder)
+    put(folder, target)
     return target
 
 

@@ -6,6 +6,7 @@ A is [rank, in], B [out, rank]; the update of a linear W, [out, in], is scale ·
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -250,4 +251,6 @@ def name_base(folder: Path, base: str, revision: str | None) -> None:
     """Have an adapter's configuration name the model it really belongs to."""
     config = read_json(folder / CONFIG)
     config |= {"base_model_name_or_path": base, "revision": revision}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    part = folder / f"{CONFIG}.part"
+    part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+    os.replace(part, folder / CONFIG)

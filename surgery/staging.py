@@ -33,7 +33,7 @@ def replacing(output: Path, check: Callable[[], None]) -> Iterator[Path]:
             yield folder
             sync_tree(folder)
             check()
-            _put(folder, output)
+            put(folder, output)
     except OSError as error:
         raise BadSettings(f"Writing {output} failed: {error.strerror or error}.") from error
 
@@ -86,6 +86,23 @@ def remove_stale(output: Path) -> None:
                     os.rename(entry.path, output)
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder while the block runs; BadSettings where one is in it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise BadSettings(f"Another process is working in {folder}; wait for it.") from error
+    except OSError:  # a file system without locks
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _lock(folder: Path) -> int | None:
     """A descriptor that holds the folder's lock; None when another process took it for stale."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -117,8 +134,8 @@ def _remove(folder: Path | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _put(folder: Path, output: Path) -> None:
-    """Give a finished folder its name; what had it before is removed."""
+def put(folder: Path, output: Path) -> None:
+    """Give a finished folder its name; what had that name before is removed, or named `folder`."""
     if not os.path.lexists(output):
         os.rename(folder, output)
     elif not _exchange(folder, output):

@@ -221,11 +221,12 @@ def _trainer(
             super().log({**logs, **found}, start_time)  # type: ignore[misc]
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
             arguments: Any = self.args  # type: ignore[attr-defined]
             if figures is not None and arguments.process_index == 0:
                 step = self.state.global_step  # type: ignore[attr-defined]
                 _write_start(Path(arguments.output_dir) / f"checkpoint-{step}", figures.start)
+            # Last, because it ends with the state that says that a checkpoint is complete.
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
 
     kinds = {"sft": trl.SFTTrainer, "dpo": trl.DPOTrainer, "grpo": trl.GRPOTrainer}
     method = recipe.treatment.method
@@ -355,6 +356,7 @@ def _complete(state: Path) -> bool:
 
 
 def _write_start(folder: Path, start: Mapping[int, torch.Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     torch.save({layer: value.cpu() for layer, value in start.items()}, folder / "sink_start.pt")
 
 
