@@ -231,14 +231,13 @@ def write_adapter(
         lora_alpha=usual,
         rank_pattern=others,
         alpha_pattern=others,
-        target_modules=sorted(updates),
-        base_model_name_or_path=base,
-        revision=revision,
+        target_modules=list(updates),
         inference_mode=True,
         fan_in_fan_out=any(update.transposed for update in updates.values()),
     )
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
+    name_base(folder, base, revision)
     tensors = {}
     for module, update in updates.items():
         plain = replace(update, up=np.float32(update.scale) * update.up)
@@ -251,6 +250,8 @@ def name_base(folder: Path, base: str, revision: str | None) -> None:
     """Have an adapter's configuration name the model it really belongs to."""
     config = read_json(folder / CONFIG)
     config |= {"base_model_name_or_path": base, "revision": revision}
+    if isinstance(config.get("target_modules"), list):  # a set to PEFT, in another order each time
+        config["target_modules"].sort()
     part = folder / f"{CONFIG}.part"
     part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
     os.replace(part, folder / CONFIG)

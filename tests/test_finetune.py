@@ -267,6 +267,7 @@ def test_a_sink_fold_goes_into_the_adapter(by_fold: Callable[[str], FineTuning])
     assert config["base_model_name_or_path"] == str(base_folder().resolve())
     readers = {f"model.layers.3.self_attn.{reader}_proj": 33 for reader in "qkv"}
     assert config["rank_pattern"] == readers
+    assert config["target_modules"] == sorted(config["target_modules"])  # the same in every process
     assert config["r"] == 32
     ids = torch.arange(30)[None] + 200
     adapted = AutoPeftModelForCausalLM.from_pretrained(str(result.adapter)).eval()

@@ -69,6 +69,8 @@ class Scenario:
 
     prepare: puts the state before it in place. judge: raises a Finding; gets whether the command
     has come to its end. beside: folder that must hold no temporary files after a polite signal.
+    ends: how the same command may end afterwards. again: the command that goes on, where that is
+    another one. earliest: the share of its usual time before which it is left alone.
     """
 
     name: str
@@ -77,6 +79,12 @@ class Scenario:
     judge: Callable[[bool], None]
     beside: Path
     ends: tuple[int, ...] = (0,)
+    again: Callable[[], tuple[str, ...]] | None = None
+    earliest: float = 0.0
+
+    def left(self) -> list[str]:
+        """Temporary files and folders."""
+        return sorted(path.name for path in self.beside.rglob(".*"))
 
 
 def scenarios(root: Path, hub: HubServer) -> list[Scenario]:
@@ -157,6 +165,67 @@ def scenarios(root: Path, hub: HubServer) -> list[Scenario]:
         ),
         Scenario("push", ("push", str(earlier), "tester/model"), forgotten, pushed, work),
         Scenario("sweep", ("sweep", str(source), *sweep, "-o", out), empty, swept, work / "none"),
+        *finetunes(root, source, work),
+    ]
+
+
+def finetunes(root: Path, source: Path, work: Path) -> list[Scenario]:
+    """A training, and what follows a training that is done: merging, folding, verifying."""
+    rows, recipe, done = root / "rows.jsonl", root / "recipe.json", root / "trained"
+    row = {"prompt": "The keeper counted 365 steps.", "completion": " Bread and coffee."}
+    rows.write_text("\n".join([json.dumps(row)] * 4))
+    keys = {
+        "model_name_or_path": str(source),
+        "datasets": [{"path": "json", "data_files": str(rows)}],
+        "dtype": "float32",
+        "bf16": False,
+        "max_steps": 2,
+        "save_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "lora_target_modules": "all-linear",
+        "surgery": {"layer": 3, "fold": "norm", "save": "both", "force": True},
+    }
+    recipe.write_text(json.dumps(keys))  # which is YAML too
+    out = work / "out"
+    words = ("finetune", str(recipe), "-o", str(out), "--quiet")
+    products = ("base", "adapter", "model")
+
+    def empty() -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+
+    def trained() -> None:
+        empty()
+        shutil.copytree(done, out)
+        for name in products:
+            shutil.rmtree(out / name)
+
+    def again() -> tuple[str, ...]:
+        return (*words, "--resume") if (out / "training").is_dir() else words
+
+    def weights(folder: Path) -> dict[str, str]:
+        kept = ("model.safetensors", "adapter_model.safetensors", "adapter_config.json")
+        return {name: digest for name, digest in digests(folder).items() if name in kept}
+
+    def judge(ended: bool) -> None:
+        present = [name for name in products if (out / name).exists()]
+        require(not ended or present == list(products), f"of the products there are {present}")
+        require("adapter" not in present or "base" in present, "an adapter without its base")
+        for name in present:
+            require(weights(out / name) == expected[name], f"{name} is another one")
+            if name != "adapter":
+                whole(out / name)
+
+    empty()
+    surgery(*words)
+    shutil.copytree(out, done)
+    expected = {name: weights(done / name) for name in products}
+    resumed = (*words, "--resume")
+    return [
+        Scenario("finetune", words, empty, judge, work, again=again),
+        Scenario("finetune, merging", resumed, trained, judge, work, earliest=0.4),
     ]
 
 
@@ -220,11 +289,10 @@ def trial(
             wanted = {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
             require(code == wanted, f"exit code {code} after {number.name}: {errors}")
             require("Traceback" not in errors, errors)
-    if number != signal.SIGKILL and code in (130, 143) and scenario.beside.is_dir():
-        left = [path.name for path in scenario.beside.iterdir() if path.name.startswith(".")]
-        require(not left, f"left behind after {number.name}: {left}")
+    if number != signal.SIGKILL and code in (130, 143):
+        require(not scenario.left(), f"left behind after {number.name}: {scenario.left()}")
     again = subprocess.run(
-        [sys.executable, "-m", "surgery", *scenario.words],
+        [sys.executable, "-m", "surgery", *(scenario.again or (lambda: scenario.words))()],
         capture_output=True,
         text=True,
         check=False,
@@ -233,9 +301,8 @@ def trial(
     )
     require(again.returncode in scenario.ends, f"run again: {again.returncode} {again.stderr}")
     scenario.judge(True)
-    if scenario.beside.is_dir() and again.returncode == 0:
-        left = [path.name for path in scenario.beside.iterdir() if path.name.startswith(".")]
-        require(not left, f"left behind after the second run: {left}")
+    if again.returncode == 0:
+        require(not scenario.left(), f"left behind after the second run: {scenario.left()}")
     return "finished before" if code == 0 else f"stopped by {number.name}"
 
 
@@ -265,8 +332,8 @@ def main() -> None:
         done = 0
         while time.monotonic() < end and (arguments.trials is None or done < arguments.trials):
             scenario = cases[done % len(cases)]
-            number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-            delay = chance.uniform(0, LATEST) * usual[scenario.name]
+            number = chance.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT])
+            delay = chance.uniform(scenario.earliest, LATEST) * usual[scenario.name]
             try:
                 how = trial(scenario, delay, number, env, root / "source")
             except Finding as found:
@@ -278,7 +345,11 @@ def main() -> None:
     for (name, how), count in sorted(counts.items()):
         print(f"{name:18} {how:22} {count:5}")
     stopped = sum(count for (_, how), count in counts.items() if how.startswith("stopped"))
-    print(f"{done} trials, {stopped} stopped in the middle, {findings} findings")
+    killed = sum(count for (_, how), count in counts.items() if how.endswith("SIGKILL"))
+    print(
+        f"{done} trials, {stopped} stopped in the middle, {killed} of them by SIGKILL, "
+        f"{findings} findings"
+    )
     sys.exit(1 if findings else 0)
 
 
