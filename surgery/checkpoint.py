@@ -169,6 +169,8 @@ class LocalFiles:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or one sentence about why not."""
     try:
+        if path.exists() and not path.is_file():
+            raise BadCheckpoint(f"{path} is no file.")
         if path.stat().st_size > LARGEST_JSON:
             raise BadCheckpoint(f"{path} is too large to be a JSON side file.")
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -5,6 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+# Python refuses to print numbers that are much longer.
+_BITS = 1024
+
 
 def load(text: str, *, as_the_hub: bool = False) -> Any:
     """The data in a YAML text.
@@ -55,6 +58,13 @@ def _loader(as_the_hub: bool) -> Any:
                 seen.add(key)
             return super().construct_mapping(node, deep=deep)
 
+        def bounded(self, node: Any) -> int:
+            value: int = self.construct_yaml_int(node)
+            if value.bit_length() > _BITS:
+                raise yaml.YAMLError(f"a number of {value.bit_length()} bits is no setting")
+            return value
+
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.bounded)
     if as_the_hub:
         Loader.yaml_implicit_resolvers = {
             first: [

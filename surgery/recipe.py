@@ -12,10 +12,11 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from surgery import plain_yaml
 from surgery.anatomy import FOLDS
+from surgery.checkpoint import read_json
 from surgery.errors import BadSettings, SurgeryError
 from surgery.loading import quiet
 from surgery.mask import SCOPES, SELECTIONS, check_rate, check_strength
@@ -26,11 +27,14 @@ INTERVENTIONS = ("wemask", "none", "gated_attention")
 SAVES = ("merged", "adapter", "both")
 BLOCK = "surgery"
 
+# Fields that may name a file of JSON, which is read here: bounded, and from no device.
+_FILES = ("accelerator_config", "fsdp_config", "deepspeed")
 # Fields that training sets itself, or that would break what the output promises, and why.
 _REFUSED = {
     "output_dir": "the folder to write is output in the block surgery",
     "push_to_hub": "the repository to push to is push in the block surgery",
     "resume_from_checkpoint": "resume with --resume",
+    "hub_token": "recipes are kept with the result; the token is taken from the environment",
 }
 _REFUSED_VALUES: tuple[tuple[str, Any, str], ...] = (
     ("use_peft", False, "only LoRA is trained here, so that norms stay as they are"),
@@ -170,11 +174,12 @@ def parse_recipe(raw: Mapping[str, Any], name: str, output: Path) -> Recipe:
     for key, reason in _REFUSED.items():
         if key in keys:
             raise BadSettings(f"{name}: {key} cannot be given: {reason}.")
+    typed = _typed(keys, kinds, name)
     for key, value, reason in _REFUSED_VALUES:
-        if keys.get(key) == value and isinstance(keys.get(key), bool):
+        if typed.get(key) is value:
             raise BadSettings(f"{name}: {key}: {str(value).lower()} is not possible: {reason}.")
-    _refuse_trained_modules(keys, name)
-    if treatment.masks and keys.get("use_vllm"):
+    _refuse_trained_modules(typed, name)
+    if treatment.masks and typed.get("use_vllm"):
         raise BadSettings(
             f"{name}: use_vllm is not possible under the mask: vLLM runs no hooks, so the rollouts "
             "would come from another model than the one that is trained."
@@ -203,6 +208,25 @@ def _require_known(keys: Iterable[str], known: set[str], where: str) -> None:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), sorted(known), n=1, cutoff=0.0)[0]
             raise BadSettings(f"{where}: there is no key {key!r}; did you mean {nearest!r}?")
+
+
+def _typed(keys: Mapping[str, Any], kinds: tuple[Any, ...], name: str) -> dict[str, Any]:
+    """The values as what TRL's fields say they are; BadSettings where one cannot be that."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    plain = ConfigDict(arbitrary_types_allowed=True, coerce_numbers_to_str=True)
+    hints = {key: hint for kind in kinds for key, hint in get_type_hints(kind).items()}
+    typed = {}
+    for key, value in keys.items():
+        try:
+            typed[key] = TypeAdapter(hints[key], config=plain).validate_python(value)
+        except ValidationError as error:
+            if isinstance(value, str):  # TRL reads words in its own way, as from a command line
+                typed[key] = value
+                continue
+            reason = error.errors()[0]["msg"]
+            raise BadSettings(f"{name}: {key} cannot be {value!r:.200}: {reason}.") from error
+    return typed
 
 
 def _refuse_trained_modules(keys: Mapping[str, Any], name: str) -> None:
@@ -254,15 +278,25 @@ def _parse(kinds: tuple[Any, ...], keys: dict[str, Any], name: str) -> tuple[Any
         keys = {"use_cpu": True, "dataloader_pin_memory": False, **keys}
     # Every LoRA weight takes part in every pass, which distributed training need not check.
     keys = {"ddp_find_unused_parameters": False, **keys}
+    for key in _FILES:
+        value = keys.get(key)
+        if isinstance(value, str) and not value.startswith("{"):
+            try:
+                keys[key] = read_json(Path(value))
+            except SurgeryError as error:
+                raise BadSettings(f"{name}: {key}: {error}") from error
     parser = Parser(kinds)
     parser.set_defaults_with_config(**keys)
     try:
         with quiet():
             return tuple(parser.parse_args_into_dataclasses(args=[]))
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+    except SurgeryError:
+        raise
+    except Exception as error:  # some value that another program's checks did not expect
         raise BadSettings(f"{name}: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
-    text = str(error).strip()
-    return " ".join(text.split()) if text else repr(error)
+    text = " ".join(str(error).split())
+    known = isinstance(error, ValueError | ImportError | NotImplementedError)
+    return (text if known and text else repr(error))[:1000]

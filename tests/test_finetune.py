@@ -26,6 +26,7 @@ from surgery.resources import resource_folder
 from surgery.review import verify
 from surgery.settings import Reporter
 from surgery.smoke import make_small
+from surgery.staging import held
 from surgery.training import MaskFigures
 
 Run = Callable[..., Any]
@@ -373,6 +374,12 @@ def test_what_is_not_overwritten(tmp_path: Path, run: Run) -> None:
     assert "--resume" in sentence
     sentence = run("finetune", recipe, "--smoke", "-o", tmp_path / "begun", "--resume").sentence()
     assert "another recipe" in sentence
+    (tmp_path / "begun" / "letter.txt").write_text("mine")
+    with held(work):
+        words = ("finetune", recipe, "--smoke", "-o", tmp_path / "begun", "--overwrite")
+        assert "Another process is working in" in run(*words).sentence()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "out"]
+    assert (tmp_path / "begun" / "letter.txt").read_text() == "mine"
 
 
 def test_a_refused_fold_leaves_no_model(tiny: Callable[..., Path], tmp_path: Path) -> None:

@@ -8,10 +8,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import fields
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from surgery import anatomy, card, checkpoint, families, gguf_file, manifest, recipe, results
 from surgery.checkpoint import Checkpoint, Origin, TensorEntry
@@ -116,6 +120,69 @@ def recipe_yaml(data: bytes) -> None:
     recipe._treatment(raw.get(recipe.BLOCK), "recipe.yaml")
 
 
+def recipe_through_trl(data: bytes) -> None:
+    """A training recipe, through the configurations of TRL and transformers."""
+    _through_trl(recipe.read_recipe(_file("recipe.yaml", data)))
+
+
+def recipe_values(data: bytes) -> None:
+    """A whole recipe in which some keys, known ones, have strange values: two bytes for each."""
+    raw: dict[str, Any] = {"model_name_or_path": "model", "dataset_name": "data"}
+    method = recipe.METHODS[data[0] % 3 if data else 0]
+    known = _known_keys(method)
+    for at in range(1, min(len(data), 17) - 1, 2):
+        raw[known[(data[at] * 256 + data[at + 1]) % len(known)]] = STRANGE[
+            data[at + 1] % len(STRANGE)
+        ]
+    raw[recipe.BLOCK] = {"method": method}
+    _through_trl(raw)
+
+
+def _through_trl(raw: dict[str, Any]) -> None:
+    """Parse a recipe; writing anything anywhere meanwhile is a finding."""
+    environment, folder = dict(os.environ), _folder()
+    _watch_writing()
+    _written.clear()
+    try:
+        recipe.parse_recipe(raw, "recipe.yaml", folder / "checkpoints")
+    finally:
+        for name in {*os.environ} - {*environment}:
+            del os.environ[name]
+        os.environ.update(environment)
+        written = [path for path in _written if "__pycache__" not in path]
+        assert not written, f"parsing a recipe wrote {written}"
+
+
+@lru_cache(maxsize=3)
+def _known_keys(method: str) -> list[str]:
+    return sorted({field.name for kind in recipe._kinds(method) for field in fields(kind)})
+
+
+_written: list[str] = []
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+@lru_cache(maxsize=1)
+def _watch_writing() -> None:
+    def audit(event: str, given: tuple[Any, ...]) -> None:
+        opened = event == "open" and isinstance(given[2], int) and given[2] & _WRITING
+        if opened or event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen"):
+            _written.append(str(given[0]))
+
+    sys.addaudithook(audit)
+
+
+STRANGE: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 7, 2**63, 10**300, 0.5, -0.0, 1e308, float("nan"), float("inf"),
+    "", " ", "no", "steps", "all", "auto", "cuda", "cpu", "1", "-1", "1e400", "nan", "{", "[1",
+    "{}", '{"a": 1}', "/", "/dev/zero", "/etc/passwd", "../x", "a\0b", "\x1b[2J", "%s {0}",
+    "x" * 5000, "full_shard auto_wrap", "adamw_torch",
+    "cosine", "tensorboard", "float32", "float8", "\ud800",
+    [], [None], [1, "a"], ["q_proj"], ["x"] * 300, [[[]]], [{}],
+    {}, {"a": 1}, {1: 2}, {"path": "x"}, {"a": {"b": [None]}}, b"\xff", date(2020, 1, 1),
+)  # fmt: skip
+
+
 def model_card(data: bytes) -> None:
     """The base's model card, of which the front matter is inherited."""
     card.front_matter(_file("README.md", data))
@@ -149,6 +216,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "gguf": gguf,
     "surgery_json": surgery_json,
     "recipe_yaml": recipe_yaml,
+    "recipe_through_trl": recipe_through_trl,
+    "recipe_values": recipe_values,
     "model_card": model_card,
     "results_json": results_json,
     "tokenizer": tokenizer,
