@@ -169,6 +169,8 @@ def _watch_writing() -> None:
         if opened or event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen"):
             _written.append(str(given[0]))
 
+    # The first parse imports much, which writes byte code and makes folders of its own.
+    recipe.parse_recipe({"model_name_or_path": "m", "dataset_name": "d"}, "recipe.yaml", _folder())
     sys.addaudithook(audit)
 
 
