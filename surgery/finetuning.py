@@ -488,15 +488,10 @@ def _products(
 def _updates(case: _Case, adapter: Path) -> tuple[dict[str, LowRank], Any]:
     """The trained updates, and the checkpoint's name of each parameter."""
     import torch
-    from transformers import AutoConfig
 
-    from surgery.loading import auto_class
+    from surgery.loading import auto_class, load_config
 
-    config = AutoConfig.from_pretrained(
-        case.checkpoint.folder,
-        trust_remote_code=case.settings.trust_remote_code,
-        local_files_only=True,
-    )
+    config = load_config(case.checkpoint.folder, trust_remote_code=case.settings.trust_remote_code)
     with torch.device("meta"):
         model = auto_class(config).from_config(
             config, trust_remote_code=case.settings.trust_remote_code

@@ -80,6 +80,18 @@ def parameters_on_meta() -> Iterator[None]:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration in a folder; BadCheckpoint when transformers cannot load it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise BadCheckpoint(f"transformers cannot load {folder}: {_first_line(error)}") from error
+
+
 def load_model(
     folder: Path,
     *,
@@ -92,14 +104,11 @@ def load_model(
     Raises BadCheckpoint when transformers cannot load it or finds weights missing.
     """
     import torch
-    from transformers import AutoConfig
 
     refuse_remote_code(folder, trust_remote_code)
     with quiet():
+        config = load_config(folder, trust_remote_code=trust_remote_code)
         try:
-            config = AutoConfig.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
             model, info = auto_class(config).from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
@@ -108,7 +117,7 @@ def load_model(
                 local_files_only=True,
             )
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            first = _first_line(error)
             raise BadCheckpoint(f"transformers cannot load {folder}: {first}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -160,8 +169,12 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            first = _first_line(error)
             raise BadCheckpoint(f"The tokenizer in {folder} cannot be loaded: {first}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or repr(error)
 
 
 def require_finite(model: Any) -> None:

@@ -55,12 +55,10 @@ class Subject:
     @property
     def config(self) -> Any:
         """The configuration, without loading the model."""
-        from transformers import AutoConfig
+        from surgery.loading import load_config
 
-        return AutoConfig.from_pretrained(
-            self.checkpoint.folder,
-            trust_remote_code=self.settings.trust_remote_code,
-            local_files_only=True,
+        return load_config(
+            self.checkpoint.folder, trust_remote_code=self.settings.trust_remote_code
         )
 
     def release(self) -> None:

@@ -18,7 +18,13 @@ from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint
 from surgery.errors import BadSettings
 from surgery.gated_attention import GATE, add_gates, gated
-from surgery.loading import auto_class, load_tokenizer, quiet, refuse_remote_code
+from surgery.loading import (
+    auto_class,
+    load_config,
+    load_tokenizer,
+    quiet,
+    refuse_remote_code,
+)
 from surgery.lora import closed
 from surgery.mask import Mask
 from surgery.masking import wemask
@@ -171,17 +177,13 @@ def train(
 
 
 def _load(recipe: Recipe, checkpoint: Checkpoint) -> Any:
-    from transformers import AutoConfig
-
     trusts = _trusts(recipe)
     refuse_remote_code(checkpoint.folder, trusts)
     options: dict[str, Any] = {"dtype": recipe.model.dtype or "auto"}
     if recipe.model.attn_implementation:
         options["attn_implementation"] = recipe.model.attn_implementation
     with quiet():
-        config = AutoConfig.from_pretrained(
-            checkpoint.folder, trust_remote_code=trusts, local_files_only=True
-        )
+        config = load_config(checkpoint.folder, trust_remote_code=trusts)
         return auto_class(config).from_pretrained(
             checkpoint.folder, trust_remote_code=trusts, local_files_only=True, **options
         )

@@ -102,11 +102,11 @@ def _bits(raw: bytes, entry: TensorEntry) -> NDArray:
 
 def replaced_files(checkpoint: Checkpoint) -> dict[str, str]:
     """The base's own files in whose place generated ones come, packed for the manifest."""
-    found = {}
+    found, files = {}, LocalFiles(checkpoint.folder)
     for name in (CARD, MANIFEST, FIGURE):
         path = checkpoint.folder / name
         if path.is_file():
-            found[name] = pack_file(path.read_bytes())
+            found[name] = pack_file(files.read(name, 0, path.stat().st_size))
     return found
 
 

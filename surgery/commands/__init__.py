@@ -61,6 +61,12 @@ class _Lazy(click.Group):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
+        except OSError as error:  # of a disk, where nothing nearer to it had better words
+            from surgery.commands.terminal import printable
+
+            where = f" at {error.filename}" if error.filename else ""
+            click.echo(f"Error: {printable(f'{error.strerror or error}{where}')}.", err=True)
+            sys.exit(1)
 
 
 def _version(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:

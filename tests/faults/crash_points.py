@@ -2,7 +2,8 @@
 
 A job is run once to count its steps (opening for writing, writing, copying, renaming, removing,
 locking, flushing), then once per step in a forked process in which that step does not happen: the
-process is killed, or the call raises. What remains is for the caller to judge.
+process is killed, or the call raises. What remains is for the caller to judge. The steps can also
+be those that read below a folder.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _EVENTS = (
     "tempfile.mkstemp",
 )
 _CALLS = ("pwrite", "copy_file_range", "sendfile", "fsync", "fdatasync")
+_READS = ("pread", "preadv", "copy_file_range", "sendfile")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 KILLED = -signal.SIGKILL
 
@@ -35,8 +37,8 @@ Job = Callable[[], None]
 
 
 class _Steps:
-    def __init__(self, at: int, action: Callable[[], None]) -> None:
-        self.seen, self.at, self.action = 0, at, action
+    def __init__(self, at: int, action: Callable[[], None], reading: Path | None) -> None:
+        self.seen, self.at, self.action, self.reading = 0, at, action, reading
 
     def step(self) -> None:
         self.seen += 1
@@ -46,11 +48,14 @@ class _Steps:
     def install(self) -> None:
         def audit(event: str, args: tuple[Any, ...]) -> None:
             writes = event == "open" and isinstance(args[2], int) and args[2] & _WRITING
-            if writes or event in _EVENTS:
+            if self.reading is not None:
+                if event == "open" and not writes and str(args[0]).startswith(f"{self.reading}/"):
+                    self.step()
+            elif writes or event in _EVENTS:
                 self.step()
 
         sys.addaudithook(audit)
-        for name in _CALLS:
+        for name in _CALLS if self.reading is None else _READS:
             honest = getattr(os, name, None)
             if honest is not None:
                 setattr(os, name, self._counted(honest))
@@ -82,12 +87,15 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def count(job: Job) -> int:
-    """How many steps a job has; the job is done, in a process of its own."""
+def count(job: Job, reading: Path | None = None) -> int:
+    """How many steps a job has; the job is done, in a process of its own.
+
+    reading: instead of the steps that write, those that read below this folder.
+    """
     reader, writer = os.pipe()
 
     def counted() -> None:
-        steps = _Steps(-1, kill)
+        steps = _Steps(-1, kill, reading)
         steps.install()
         job()
         os.write(writer, str(steps.seen).encode())
@@ -100,11 +108,11 @@ def count(job: Job) -> int:
     return int(text)
 
 
-def run_until(job: Job, at: int, action: Callable[[], None]) -> int:
+def run_until(job: Job, at: int, action: Callable[[], None], reading: Path | None = None) -> int:
     """Run a job whose step number `at` (from 1) does not happen; its exit code."""
 
     def disturbed() -> None:
-        _Steps(at, action).install()
+        _Steps(at, action, reading).install()
         job()
 
     return in_child(disturbed)
@@ -126,6 +134,8 @@ def in_child(job: Job) -> int:
             code = error.exit_code
         except KeyboardInterrupt:
             code = 130
+        except SystemExit as error:
+            code = int(error.code or 0)
         except BaseException:
             import traceback
 
@@ -141,10 +151,10 @@ def left_beside(output: Path) -> set[str]:
     return {path.name for path in output.parent.iterdir()} - {output.name}
 
 
-def points(job: Job, reset: Callable[[], None]) -> Iterator[int]:
+def points(job: Job, reset: Callable[[], None], reading: Path | None = None) -> Iterator[int]:
     """The number of every step, each after a reset."""
     reset()
-    total = count(job)
+    total = count(job, reading)
     for at in range(1, total + 1):
         reset()
         yield at

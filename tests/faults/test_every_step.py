@@ -52,7 +52,8 @@ def case(
         surgery.convert(
             str(source),
             layer=3,
-            check=False,
+            check="checked" in request.param,
+            check_tokens=256,
             output=output,
             overwrite=request.param != "new",
         )
@@ -142,3 +143,57 @@ def test_failing_at_every_step(
             assert in_child(job) == 0
         assert snapshot(output) == whole
     assert failed > 10
+
+
+@pytest.mark.parametrize(
+    "case", ["overwrite", pytest.param("overwrite, checked", marks=full)], indirect=True
+)
+def test_a_source_that_cannot_be_read(
+    case: tuple[Job, Callable[[], None], Path, Path],
+    snapshot: Snapshot,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """An input/output error at every place that reads: one sentence, and the earlier output."""
+    job, reset, source, output = case
+    reset()
+    before = snapshot(output)
+    codes = []
+    for at in points(job, reset, source):
+        codes.append(run_until(job, at, fail(errno.EIO), source))
+        assert codes[-1] in (0, 2, 5, 6, 7), f"{at}: {capfd.readouterr().err}"
+        if codes[-1] == 0:  # a call that has a replacement, such as copy_file_range
+            assert snapshot(output) != before
+        else:
+            assert snapshot(output) == before, at
+            assert left_beside(output) == set(), at
+    assert codes.count(7) > 5
+
+
+@pytest.mark.parametrize("command", ["analyze", "verify", "inspect"])
+def test_commands_that_cannot_read(
+    command: str, tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence and an exit code, wherever reading the model fails."""
+    from surgery.commands import cli
+
+    source = tiny("llama")
+    if command != "analyze":
+        surgery.convert(str(tiny("llama")), layer=3, check=False, output=tmp_path / "out")
+        source = tmp_path / "out"
+    codes = set()
+
+    def job() -> None:
+        try:
+            cli([command, str(source), "--quiet"])
+        except SystemExit as end:
+            if end.code:
+                raise
+
+    for at in list(points(job, lambda: None, source))[::3]:
+        capfd.readouterr()
+        code = run_until(job, at, fail(errno.EIO), source)
+        said = capfd.readouterr().err
+        assert "Traceback" not in said, (at, said)
+        assert code == 0 or said.count("Error: ") == 1, (at, code, said)
+        codes.add(code)
+    assert codes & {5, 7}
