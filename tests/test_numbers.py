@@ -17,6 +17,7 @@ from shared import Run, Tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
+from surgery.locate import agree, vote
 
 GAIN = "model.layers.4.input_layernorm.weight"
 SIZE = 64
@@ -109,6 +110,23 @@ def test_odd_hidden_size(rate: float, masked: int, tmp_path: Path) -> None:
         zeros = layer.input_layernorm.weight if fold == "norm" else layer.self_attn.q_proj.weight
         assert (zeros[..., found] == 0).all()
         assert int((zeros == 0).sum()) == masked * (56 if fold == "qkv" else 1)
+
+
+def test_layers_and_tokens_with_equal_norms() -> None:
+    """Nothing where all is equal; of equal tokens and equal jumps the first, in any order."""
+    for norms in (np.ones((17, 20)), np.zeros((17, 20))):
+        assert vote(norms).layer is None
+    tokens = np.ones((17, 20))
+    tokens[6:, [3, 7]] *= 1000
+    assert (vote(tokens).layer, vote(tokens).position) == (5, 3)
+    jumps = np.ones((17, 20))
+    jumps[6:, 7] *= 100
+    jumps[10:, 7] *= 100
+    assert vote(jumps).layer == 5
+    later = np.ones((17, 20))
+    later[9:, 0] *= 1000
+    for prompts in ([tokens, later], [later, tokens]):  # as many votes for one as for the other
+        assert agree(prompts).layer is None
 
 
 def converted_by_a_process(folder: Path, output: Path, threads: int, seed: int, fold: str) -> None:

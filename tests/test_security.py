@@ -18,8 +18,14 @@ from hub_server import HubServer
 from shared import Run, Tiny
 
 import surgery
+from surgery.commands import _COMMANDS
+
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
+from test_merging import a_recipe
 
 CANARY = "hf_canary_do_not_tell_0123456789"
+SWEEP = ("--rates", "0.1", "--scopes", "first", "--folds", "norm", "--selects", "weight")
+SWEEP += ("--layer", "3", "--check-tokens", "128")
 QUICK = ("--layer", "3", "--no-check", "--quiet")
 
 
@@ -29,7 +35,16 @@ def test_remote_code_runs_only_when_asked_for(tiny_copy: Tiny, tmp_path: Path, r
     config = json.loads((folder / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_evil.Evil"}
     (folder / "config.json").write_text(json.dumps(config))
-    for command in (("analyze", folder), ("convert", folder, "-o", tmp_path / "out")):
+    out = ("-o", tmp_path / "out")
+    for command in (
+        ("analyze", folder),
+        ("analyze", folder, "--stream"),
+        ("analyze", folder, "--report", tmp_path / "report"),
+        ("convert", folder, *out),
+        ("sweep", folder, *SWEEP, *out),
+        ("compare", folder, folder, *out),
+        ("finetune", a_recipe(tmp_path, folder, layer=3), *out),
+    ):
         sentence = run(*command, "--quiet").sentence()
         assert "--trust-remote-code" in sentence
         assert not trap.exists()
@@ -80,12 +95,57 @@ def test_permissions_are_the_users(mask: int, tiny: Tiny, tmp_path: Path) -> Non
         surgery.convert(str(tiny()), layer=3, check=False, output=tmp_path / "out")
     finally:
         os.umask(before)
-    paths = [tmp_path / "out", *(tmp_path / "out").rglob("*")]
+    check_permissions(tmp_path / "out", mask)
+
+
+def check_permissions(folder: Path, mask: int) -> None:
+    paths = [folder, *folder.rglob("*")]
+    assert len(paths) > 1
     for path in paths:
         mode = stat.S_IMODE(path.stat().st_mode)
         assert mode & mask == 0, (path, oct(mode))
         assert not mode & 0o7000
         assert path.is_dir() or not mode & 0o111
+
+
+def test_permissions_of_all_that_is_written(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    """Reports, studies, trainings and results are as private as the user wants them."""
+    source, work = tiny(), tmp_path / "work"
+    recipe = a_recipe(tmp_path, source, layer=3)
+    before = os.umask(0o077)
+    try:
+        work.mkdir()
+        quick = ("--layer", "3", "--quiet", "--check-tokens", "128")
+        sink = ("--fold", "sink", "--calibration-tokens", "256", "--force")
+        run("convert", source, *quick, *sink, "--as", "adapter", "-o", work / "adapter").ok()
+        run("convert", source, *quick, *sink, "-o", work / "sink").ok()
+        run("revert", work / "sink", "-o", work / "base").ok()
+        run("sweep", source, *SWEEP, *quick, "-o", work / "sweep").ok()
+        run("finetune", recipe, "-o", work / "trained").ok()
+        run("analyze", source, "--quiet", "--report", work / "report").ok()
+        run("analyze", source, "--quiet", "--plot", work / "plot.png").ok()
+        results = work / "compared.json"
+        run("compare", source, work / "sink", "--check-tokens", "64", "-q", "-o", results).ok()
+    finally:
+        os.umask(before)
+    check_permissions(work, 0o077)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "merges.txt", "surgery.json"])
+def test_a_device_is_not_read(name: str, tiny_copy: Tiny, tmp_path: Path, run: Run) -> None:
+    """Such as one with zeros without end."""
+    folder = tiny_copy()
+    (folder / name).unlink(missing_ok=True)
+    try:
+        os.mknod(folder / name, stat.S_IFCHR | 0o644, os.makedev(1, 5))
+    except OSError:
+        pytest.skip("making a device needs root")
+    for words in (("analyze", folder), ("convert", folder, *QUICK, "-o", tmp_path / "out")):
+        assert name in run(*words).sentence()
+    if name == "surgery.json":
+        for command in ("inspect", "verify", "card"):
+            assert name in run(command, folder).sentence()
+    assert not (tmp_path / "out").exists()
 
 
 @contextmanager
@@ -123,6 +183,7 @@ def test_the_token_is_told_to_nobody(tmp_path: Path) -> None:
     work = tmp_path / "work"
     work.mkdir()
     texts: list[str] = []
+    recipe = a_recipe(tmp_path, "a/model", layer=3, push="tester/trained")
 
     def call(*words: str, code: int = 0) -> None:
         done = subprocess.run(
@@ -152,11 +213,19 @@ def test_the_token_is_told_to_nobody(tmp_path: Path) -> None:
         call("card", "out")
         call("inspect", "out", "--json")
         call("reproduce", "out")
+        call("verify", "out", "--json")
+        call("revert", "out", "-o", "reverted")
+        call("families", "--json")
+        call("compare", "a/model", "out", "--check-tokens", "64", "-o", "compared.json")
+        call("sweep", "a/model", *SWEEP, "-o", "swept")
+        call("finetune", str(recipe), "-o", "trained")
+        call("convert", "a/model", "--layer", "3", "--no-check", "--push-to-hub", "t/m", "--remote")
         call("analyze", "a/nothing", code=7)
         hub.fail(r".*", 500, times=200)
         call("push", "out", "tester/again", code=1)
         time.sleep(0.1)
     assert any("push" in line for line in arguments)
+    assert {line.split()[3] for line in arguments if " -m surgery " in line} == set(_COMMANDS)
     for text in [*texts, *arguments]:
         assert CANARY not in text
     for path in work.rglob("*"):

@@ -26,7 +26,7 @@ PRODUCTS = ("base", "adapter", "model")
 SAMPLE = 6
 
 
-def a_recipe(folder: Path, model: Path, **block: Any) -> Path:
+def a_recipe(folder: Path, model: Path | str, **block: Any) -> Path:
     """Two steps of training a tiny model, of which everything is kept that can be."""
     rows = folder / "rows.jsonl"
     row = {"prompt": "The keeper counted 365 steps.", "completion": " Bread and coffee."}

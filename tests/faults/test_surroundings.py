@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from shared import Run
+from test_merging import a_recipe
 
 import surgery
 from surgery import write
@@ -49,6 +51,37 @@ def test_a_full_disk_is_seen_beforehand(tiny: Tiny, small_disk: Path) -> None:
     assert done.returncode == 2
     assert "free; choose an --output on a larger disk" in done.stderr
     assert list(small_disk.iterdir()) == []
+
+
+def test_a_disk_that_cannot_be_written(
+    tiny: Tiny, small_disk: Path, tmp_path: Path, run: Run, snapshot: Snapshot
+) -> None:
+    """Every command that writes says so in one sentence, and changes nothing."""
+    source, out = tiny(layers=3, layer=1), small_disk / "out"
+    done, new = small_disk / "done", small_disk / "new"
+    surgery.convert(str(source), layer=1, check=False, output=tmp_path / "done")
+    shutil.copytree(tmp_path / "done", done)
+    recipe = a_recipe(tmp_path, source)
+    before = snapshot(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    quick = ("--layer", "1", "--quiet")
+    sweep = ("--rates", "0.1", "--scopes", "first", "--folds", "norm", "--selects", "weight")
+    for words in (
+        ("convert", source, *quick, "--no-check", "-o", out),
+        ("convert", source, *quick, "--no-check", "-o", done, "--overwrite"),
+        ("convert", source, *quick, "--no-check", "-o", new / "deeper" / "out"),
+        ("convert", source, *quick, "--fold", "sink", "--as", "adapter", "--no-check", "-o", out),
+        ("sweep", source, *quick, *sweep, "--check-tokens", 256, "-o", out),
+        ("finetune", recipe, "-o", out),
+        ("revert", done, "-o", out),
+        ("card", done),
+        ("analyze", source, "--quiet", "--plot", small_disk / "plot.png"),
+        ("analyze", source, "--quiet", "--report", out),
+        ("compare", source, done, "--check-tokens", 64, "--quiet", "-o", small_disk / "c.json"),
+    ):
+        sentence = run(*words).sentence()
+        assert "Read-only file system" in sentence or " writable" in sentence, (words, sentence)
+    assert snapshot(small_disk) == before
 
 
 def test_a_disk_that_fills_up_meanwhile(
