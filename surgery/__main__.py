@@ -14,9 +14,12 @@ def main() -> None:
         from surgery.commands import cli
 
         cli(prog_name="surgery")
-    except KeyboardInterrupt:  # before or after the command itself, which has its own words
-        sys.stderr.write("Interrupted; nothing was left behind.\n")
-        os._exit(130)
+    except KeyboardInterrupt as error:  # before or after the command, which has its own words
+        from surgery.errors import Terminated
+
+        word, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
+        sys.stderr.write(f"{word}; nothing was left behind.\n")
+        os._exit(code)
 
 
 def _terminate(_signal: int, _frame: object) -> None:

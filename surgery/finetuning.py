@@ -126,14 +126,22 @@ def _in_one_sentence(output: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # torch.save says so of a full disk; any other RuntimeError is a mistake of the program's.
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise
+        return
+    except (OSError, SafetensorError) as error:
+        cause: Exception = error
         reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-        raise BadSettings(
-            f"Training in {output} failed: {reason}; once that is mended, go on with --resume."
-        ) from error
+    except RuntimeError as error:
+        if not any(words in str(error) for words in _TORCH_SAVE):
+            raise
+        cause, reason = error, "a checkpoint could not be written (is the disk full?)"
+    raise BadSettings(
+        f"Training in {output} failed: {reason.rstrip('.')}; once that is mended, go on with "
+        "--resume."
+    ) from cause
+
+
+# How torch.save says that it cannot write, by what fails first.
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
 
 
 def _run(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from crash_points import KILLED, Job, count, fail, in_child, interrupt, kill, run_until
 
 from surgery import finetuning
+from surgery.errors import BadSettings
 from surgery.finetuning import FineTuning, finetune
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -163,3 +166,33 @@ def test_failing_at_every_step(
         # Unless it was the removing of what is temporary that failed, which the next run does.
         assert present == whole or not list(training.output.rglob(".*")), at
     assert failed
+
+
+@pytest.mark.parametrize("kilobytes", [1, 20, 300, 500])
+def test_files_that_may_not_grow(
+    kilobytes: int, training: Training, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As a quota acts, wherever in a training it does: one sentence, and --resume goes on."""
+    output = training.output.parent / f"limited-{kilobytes}"
+
+    def job() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kilobytes, 1024 * kilobytes))
+        try:
+            finetune(training.recipe, output=output)
+        except BadSettings as error:
+            print(error, file=sys.stderr)
+            raise
+
+    def again() -> None:
+        finetune(training.recipe, output=output, resume=(output / "training").exists())
+
+    code = in_child(job)
+    said = capfd.readouterr().err
+    assert code == 2, said
+    assert "Traceback" not in said
+    assert "File too large" in said or "could not be written" in said
+    assert in_child(again) == 0
+    assert sorted(path.name for path in output.iterdir() if path.is_dir()) == sorted(
+        ["training", *PRODUCTS]
+    )

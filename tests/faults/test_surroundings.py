@@ -180,6 +180,31 @@ def test_signals(number: int, code: int, tiny: Tiny, tmp_path: Path) -> None:
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
+)
+def test_signals_before_the_command_has_begun(number: int, code: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _EARLY, str(int(number))], capture_output=True, text=True
+    )
+    assert done.returncode == code
+    assert "nothing was left behind" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# While its modules are imported.
+_EARLY = """
+import os, sys
+class Finder:
+    def find_spec(self, name, *_rest):
+        if name == "surgery.commands":
+            os.kill(os.getpid(), int(sys.argv[1]))
+sys.meta_path.insert(0, Finder())
+from surgery.__main__ import main
+main()
+"""
+
+
 def test_a_killed_run_is_cleaned_up_by_the_next(tiny: Tiny, tmp_path: Path) -> None:
     """What is being written by a living process stays."""
     work = tmp_path / "work"
