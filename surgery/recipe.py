@@ -280,9 +280,9 @@ def _parse(kinds: tuple[Any, ...], keys: dict[str, Any], name: str) -> tuple[Any
     keys = {"ddp_find_unused_parameters": False, **keys}
     for key in _FILES:
         value = keys.get(key)
-        if isinstance(value, str) and not value.startswith("{"):
+        if value is not None and not isinstance(value, dict) and not str(value).startswith("{"):
             try:
-                keys[key] = read_json(Path(value))
+                keys[key] = read_json(Path(str(value)))  # a number is no open file's either
             except SurgeryError as error:
                 raise BadSettings(f"{name}: {key}: {error}") from error
     parser = Parser(kinds)

@@ -126,16 +126,16 @@ def recipe_through_trl(data: bytes) -> None:
 
 
 def recipe_values(data: bytes) -> None:
-    """A whole recipe in which some keys, known ones, have strange values: two bytes for each."""
-    raw: dict[str, Any] = {"model_name_or_path": "model", "dataset_name": "data"}
+    """A whole recipe in which some keys, known ones, have strange values: three bytes for each."""
     method = recipe.METHODS[data[0] % 3 if data else 0]
+    block: dict[str, Any] = {"method": method}
+    raw: dict[str, Any] = {"model_name_or_path": "model", "dataset_name": "data"}
     known = _known_keys(method)
-    for at in range(1, min(len(data), 17) - 1, 2):
-        raw[known[(data[at] * 256 + data[at + 1]) % len(known)]] = STRANGE[
-            data[at + 1] % len(STRANGE)
-        ]
-    raw[recipe.BLOCK] = {"method": method}
-    _through_trl(raw)
+    for at in range(1, min(len(data), 25) - 2, 3):
+        value = STRANGE[data[at + 2] % len(STRANGE)]
+        key = known[(data[at] * 256 + data[at + 1]) % len(known)]
+        (block if key in _BLOCK else raw)[key] = value
+    _through_trl({**raw, recipe.BLOCK: block})
 
 
 def _through_trl(raw: dict[str, Any]) -> None:
@@ -155,7 +155,11 @@ def _through_trl(raw: dict[str, Any]) -> None:
 
 @lru_cache(maxsize=3)
 def _known_keys(method: str) -> list[str]:
-    return sorted({field.name for kind in recipe._kinds(method) for field in fields(kind)})
+    found = {field.name for kind in recipe._kinds(method) for field in fields(kind)}
+    return sorted(found | _BLOCK)
+
+
+_BLOCK = {field.name for field in fields(recipe.Treatment)}
 
 
 _written: list[str] = []
@@ -166,7 +170,12 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 def _watch_writing() -> None:
     def audit(event: str, given: tuple[Any, ...]) -> None:
         opened = event == "open" and isinstance(given[2], int) and given[2] & _WRITING
-        if opened or event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen"):
+        # A number is a file that is open already, which closing it would take away.
+        if (
+            opened
+            or (event == "open" and isinstance(given[0], int))
+            or event in ("os.mkdir", "os.rename", "os.remove", "subprocess.Popen")
+        ):
             _written.append(str(given[0]))
 
     # The first parse imports much, which writes byte code and makes folders of its own.
@@ -201,13 +210,34 @@ def results_json(data: bytes) -> None:
 
 def tokenizer(data: bytes) -> None:
     """A tokenizer.json, which transformers reads."""
+    _load_tokenizer("tokenizer.json", data)
+
+
+def tokenizer_config(data: bytes) -> None:
+    """A tokenizer_config.json, which transformers reads."""
+    _load_tokenizer("tokenizer_config.json", data)
+
+
+def special_tokens(data: bytes) -> None:
+    """A special_tokens_map.json, which transformers reads."""
+    _load_tokenizer("special_tokens_map.json", data)
+
+
+def _load_tokenizer(name: str, data: bytes) -> None:
     from surgery.loading import load_tokenizer
 
     folder = _folder() / "tokenizer"
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    (folder / "tokenizer.json").write_bytes(data)
+    whole = (Path(__file__).parent / "corpus" / "tokenizer" / "whole").read_bytes()
+    usual = {
+        "config.json": b'{"model_type": "llama"}',
+        "tokenizer.json": whole,
+        "tokenizer_config.json": b'{"tokenizer_class": "PreTrainedTokenizerFast"}',
+    }
+    for path in folder.iterdir():
+        path.unlink()
+    for file, content in {**usual, name: data}.items():
+        (folder / file).write_bytes(content)
     load_tokenizer(folder)
 
 
@@ -223,6 +253,8 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "model_card": model_card,
     "results_json": results_json,
     "tokenizer": tokenizer,
+    "tokenizer_config": tokenizer_config,
+    "special_tokens": special_tokens,
 }
 
 
