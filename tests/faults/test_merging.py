@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,23 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from crash_points import KILLED, Job, count, fail, in_child, interrupt, kill, run_until
+from crash_points import (
+    KILLED,
+    Job,
+    count,
+    fail,
+    in_child,
+    interrupt,
+    kill,
+    left_beside,
+    points,
+    run_until,
+)
 
 from surgery import finetuning
 from surgery.errors import BadSettings
 from surgery.finetuning import FineTuning, finetune
+from surgery.recipe import parse_recipe, read_recipe
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 PRODUCTS = ("base", "adapter", "model")
@@ -166,6 +179,42 @@ def test_failing_at_every_step(
         # Unless it was the removing of what is temporary that failed, which the next run does.
         assert present == whole or not list(training.output.rglob(".*")), at
     assert failed
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_training_is_begun_or_not(
+    overwrite: bool, training: Training, tmp_path: Path, snapshot: Snapshot
+) -> None:
+    """Killed at every step of beginning: nothing, the earlier training, or the new one."""
+    output = tmp_path / "work" / "out"
+    recipe = parse_recipe(read_recipe(training.recipe), "recipe.yaml", output)
+
+    def begin() -> None:
+        with ExitStack() as stack:
+            finetuning._prepare(recipe, output, stack, resume=False, overwrite=overwrite)
+
+    def reset() -> None:
+        shutil.rmtree(output.parent, ignore_errors=True)
+        output.parent.mkdir()
+        if overwrite:
+            shutil.copytree(training.done, output)
+
+    reset()
+    before = snapshot(output)
+    assert in_child(begin) == 0
+    new = snapshot(output)
+    assert set(new) == {"training", "training/recipe.json"}
+    seen = set()
+    for at in points(begin, reset):
+        assert run_until(begin, at, kill) == KILLED
+        now = snapshot(output)
+        assert now in (before, new), at
+        seen.add(now == new)
+        # What exists by then is not begun again unasked.
+        assert in_child(begin) == (2 if now == new and not overwrite else 0), at
+        assert snapshot(output) == new
+        assert not left_beside(output) or now == new
+    assert seen == {False, True}
 
 
 @pytest.mark.parametrize("kilobytes", [1, 20, 300, 500])

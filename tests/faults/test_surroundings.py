@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -17,7 +18,7 @@ from shared import Run
 from test_merging import a_recipe
 
 import surgery
-from surgery import write
+from surgery import staging, write
 
 Tiny = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -235,6 +236,25 @@ def slow(*_args):
 conversion.copy_plan = slow
 surgery.convert(sys.argv[1], layer=3, check=False, output=sys.argv[2])
 """
+
+
+def test_a_file_system_without_locks(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing there is known to be abandoned, so nothing is removed; all else works."""
+
+    def refuse(*_given: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    work = tmp_path / "work"
+    (work / ".out.1234.part").mkdir(parents=True)
+    for overwrite in (False, True):
+        surgery.convert(str(tiny()), layer=3, check=False, output=work / "out", overwrite=overwrite)
+        assert {path.name for path in work.iterdir()} == {"out", ".out.1234.part"}
+    assert surgery.verify(work / "out").passed
+    with staging.held(work):
+        pass
 
 
 def test_a_clock_that_jumps(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
