@@ -40,7 +40,7 @@ from surgery.source import resolve
 from surgery.staging import held, put, remove_stale, replacing, sync_tree
 from surgery.subject import Subject
 from surgery.trained import add_training, agreement, stands_alone, verify_closed, verify_masked
-from surgery.training import Trained, train, training_versions
+from surgery.training import Trained, disk_failed, train, training_versions
 from surgery.verification import Check, Verification
 
 # What lies in the output folder.
@@ -122,26 +122,18 @@ def _target(output: str | Path | None, raw: Mapping[str, Any], recipe: Path) -> 
 @contextmanager
 def _in_one_sentence(output: Path) -> Iterator[None]:
     """What the disk refuses while training, which several libraries say in their own ways."""
-    from safetensors import SafetensorError
-
     try:
         yield
-        return
-    except (OSError, SafetensorError) as error:
-        cause: Exception = error
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
-    except RuntimeError as error:
-        if not any(words in str(error) for words in _TORCH_SAVE):
+    except Exception as error:
+        if not disk_failed(error):
             raise
-        cause, reason = error, "a checkpoint could not be written (is the disk full?)"
-    raise BadSettings(
-        f"Training in {output} failed: {reason.rstrip('.')}; once that is mended, go on with "
-        "--resume."
-    ) from cause
-
-
-# How torch.save says that it cannot write, by what fails first.
-_TORCH_SAVE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
+        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        if isinstance(error, RuntimeError):
+            reason = "a checkpoint could not be written (is the disk full?)"
+        raise BadSettings(
+            f"Training in {output} failed: {reason.rstrip('.')}; once that is mended, go on with "
+            "--resume."
+        ) from error
 
 
 def _run(

@@ -184,9 +184,9 @@ def parse_recipe(raw: Mapping[str, Any], name: str, output: Path) -> Recipe:
             f"{name}: use_vllm is not possible under the mask: vLLM runs no hooks, so the rollouts "
             "would come from another model than the one that is trained."
         )
-    arguments, model, script, mixture = _parse(
-        kinds, {**copy.deepcopy(keys), "use_peft": True, "output_dir": str(output)}, name
-    )
+    plain = {key: typed[key] for key, value in keys.items() if isinstance(value, int | float)}
+    given = {**copy.deepcopy(keys), **plain, "use_peft": True, "output_dir": str(output)}
+    arguments, model, script, mixture = _parse(kinds, given, name)
     if model.model_name_or_path is None:
         raise BadSettings(f"{name}: model_name_or_path is missing.")
     if not mixture.datasets and not script.dataset_name:
@@ -252,7 +252,7 @@ def _kinds(method: str) -> tuple[Any, ...]:
     except ImportError as error:
         raise SurgeryError(
             "Training needs further packages, or newer ones: pip install 'wemask-surgery[train]' "
-            f"({_line(error)})."
+            f"({in_a_line(error)})."
         ) from error
     configs = {"sft": "SFTConfig", "dpo": "DPOConfig", "grpo": "GRPOConfig"}
     return (
@@ -293,10 +293,11 @@ def _parse(kinds: tuple[Any, ...], keys: dict[str, Any], name: str) -> tuple[Any
     except SurgeryError:
         raise
     except Exception as error:  # some value that another program's checks did not expect
-        raise BadSettings(f"{name}: {_line(error)}") from error
+        raise BadSettings(f"{name}: {in_a_line(error)}") from error
 
 
-def _line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
+    """What a library said, short enough to print."""
     text = " ".join(str(error).split())
     known = isinstance(error, ValueError | ImportError | NotImplementedError)
     return (text if known and text else repr(error))[:1000]

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint
-from surgery.errors import BadSettings
+from surgery.errors import BadSettings, SurgeryError
 from surgery.gated_attention import GATE, add_gates, gated
 from surgery.loading import (
     auto_class,
@@ -29,7 +30,7 @@ from surgery.lora import closed
 from surgery.mask import Mask
 from surgery.masking import wemask
 from surgery.names import StoredNames
-from surgery.recipe import Recipe
+from surgery.recipe import Recipe, in_a_line
 from surgery.settings import Reporter
 from surgery.training_data import load_data
 
@@ -121,7 +122,8 @@ def train(
 
     arguments = recipe.arguments
     set_seed(arguments.seed)  # the adapter's random start comes before the trainer seeds anything
-    model = _load(recipe, checkpoint)
+    with _said_by_libraries(recipe):
+        model = _load(recipe, checkpoint)
     tokenizer = load_tokenizer(checkpoint.folder, trust_remote_code=_trusts(recipe))
     _no_bars()
     with arguments.main_process_first(local=False):
@@ -148,13 +150,16 @@ def train(
         if gates:
             add_gates(model)
         stored = StoredNames(checkpoint, model)
-        trainer = _trainer(recipe, model, tokenizer, train_rows, evaluation_rows, figures, gates)
+        with _said_by_libraries(recipe):
+            trainer = _trainer(
+                recipe, model, tokenizer, train_rows, evaluation_rows, figures, gates
+            )
         stack.enter_context(gated(trainer.model) if gates else nullcontext())
         stack.enter_context(closed(trainer.model, closed_inputs))
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         _check_mergeable(trainer.model, stored, anatomy)
         begun = time.monotonic()
-        with _progress(trainer, figures, reporter):
+        with _said_by_libraries(recipe), _progress(trainer, figures, reporter):
             if last is not None:
                 reporter.say(f"Resuming from {last.name}")
             trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
@@ -174,6 +179,32 @@ def train(
         main = arguments.process_index == 0
         trainer.accelerator.end_training()
         return trained if main else None
+
+
+@contextmanager
+def _said_by_libraries(recipe: Recipe) -> Iterator[None]:
+    """BadSettings for what TRL, PEFT, transformers and torch raise while doing as a recipe says.
+
+    What a disk refuses is left as it is.
+    """
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except Exception as error:
+        if disk_failed(error):
+            raise
+        raise BadSettings(f"{recipe.name}: {in_a_line(error)}") from error
+
+
+def disk_failed(error: BaseException) -> bool:
+    """Whether an error is a disk's, said by Python, safetensors or `torch.save`."""
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _TORCH_SAVE)
+    return said or isinstance(error, OSError | SafetensorError)
+
+
+# By what fails first.
+_TORCH_SAVE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
 
 
 def _load(recipe: Recipe, checkpoint: Checkpoint) -> Any:
@@ -243,18 +274,15 @@ def _trainer(
         options["reward_funcs"] = exact_answer
     recipe.arguments.disable_tqdm = True
     kind = type(f"Masked{kinds[method].__name__}", (WithFigures, kinds[method]), {})
-    try:
-        trainer = kind(
-            model=model,
-            args=recipe.arguments,
-            train_dataset=rows,
-            eval_dataset=evaluation,
-            processing_class=tokenizer,
-            peft_config=lora,
-            **options,
-        )
-    except (ValueError, TypeError) as error:
-        raise BadSettings(f"{recipe.name}: {' '.join(str(error).split())}") from error
+    trainer = kind(
+        model=model,
+        args=recipe.arguments,
+        train_dataset=rows,
+        eval_dataset=evaluation,
+        processing_class=tokenizer,
+        peft_config=lora,
+        **options,
+    )
     for printing in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(printing)
     return trainer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -412,6 +413,23 @@ def test_what_could_not_be_merged_is_refused_before_training(
     with pytest.raises(BadSettings, match=sentence):
         finetune(path, output=tmp_path / "out")
     assert not list((tmp_path / "out" / "training" / "checkpoints").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"attn_implementation": "nothing"}, "attn_implementation"),  # loading the model
+        ({"dataset_kwargs": "x"}, "AttributeError.*'str' object has no attribute"),  # the trainer
+        ({"adam_beta2": 2.0}, "Invalid beta parameter at index 1: 2.0"),  # training
+    ],
+)
+def test_what_libraries_say_is_one_sentence(
+    tiny: Callable[..., Path], tmp_path: Path, run: Run, keys: dict[str, Any], sentence: str
+) -> None:
+    path = gemma(tiny, tmp_path)
+    path.write_text(yaml.safe_dump({**read_recipe(path), **keys}))
+    said = run("finetune", path, "--quiet", "-o", tmp_path / "out").sentence()
+    assert re.search(sentence, said), said
 
 
 def test_gated_attention_is_refused_a_fold(tmp_path: Path) -> None:
