@@ -43,6 +43,8 @@ _REFUSED_VALUES: tuple[tuple[str, Any, str], ...] = (
     ("load_in_8bit", True, "the merge needs the unquantised weights"),
     ("save_only_model", True, "--resume needs the optimiser's state"),
     ("auto_find_batch_size", True, "a resumed run could not repeat the batches"),
+    ("streaming", True, "the rows are counted"),
+    ("dataset_streaming", True, "the rows are counted"),
 )
 
 
