@@ -386,7 +386,7 @@ def require_editable(checkpoint: Checkpoint, fold: str, strength: float, form: s
     if fold == "sink":
         raise Unsupported(
             f"The weights are quantised ({method}), and would round a rank-one term away: use "
-            " --fold sink --as adapter, or --fold norm."
+            "--fold sink --as adapter, or --fold norm."
         )
     formats = {checkpoint.tensors[n].dtype for n in checkpoint.tensors if n.endswith(".weight")}
     if method not in ("fp8", "fbgemm_fp8", "compressed-tensors") or "F8_E4M3" not in formats:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import surgery
 from surgery.adapter import CONFIG, WEIGHTS, regroup
@@ -65,8 +66,9 @@ def test_the_adapter_is_the_fold(tiny: Tiny, tmp_path: Path, family: str, scope:
             changed += 1
             # Two ways to round the same sum.
             np.testing.assert_allclose(ours, weight, rtol=1e-5, atol=1e-6 * np.abs(weight).max())
-    targets = json.loads((made / CONFIG).read_text())["target_modules"]
-    assert changed == len(targets)
+    config = json.loads((made / CONFIG).read_text())
+    assert config["r"] == 1
+    assert changed == len(config["target_modules"])
 
 
 def test_alpha_is_the_strength(tiny: Tiny, tmp_path: Path) -> None:
@@ -151,6 +153,41 @@ def test_gguf_adapter_from_either_container(tmp_path: Path) -> None:
     assert first.values["general.base_model.0.name"] == "cut"
     with pytest.raises(BadSettings, match="exists already"):
         surgery.convert(str(cut), output=one, **quick)
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [
+        *(("llama", "llama"), ("mistral", "llama"), ("smollm3", "smollm3"), ("qwen2", "qwen2")),
+        *(("qwen3", "qwen3"), ("gemma", "gemma"), ("gemma2", "gemma2"), ("gemma3_text", "gemma3")),
+        *(("phi3", "phi3"), ("gpt2", "gpt2")),
+    ],
+)
+def test_gguf_adapter_of_a_folder(
+    tiny: Tiny, tmp_path: Path, family: str, architecture: str
+) -> None:
+    """The same update as PEFT's, under llama.cpp's names; rows in pairs where it has them so."""
+    base = str(tiny(family))
+    config = json.loads((Path(base) / "config.json").read_text())
+    head = config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    folder = surgery.convert(base, output=tmp_path / "peft", form="adapter", **QUICK).output
+    made = surgery.convert(base, output=tmp_path / "x.gguf", form="gguf-adapter", **QUICK).output
+    file, stored = read_gguf(made), load_file(folder / WEIGHTS)
+    assert file.values["general.architecture"] == architecture
+    assert len(file.tensors) == len(stored)
+    fused = family in ("phi3", "gpt2")
+    assert {name.split(".")[2] for name in file.tensors} == (
+        {"attn_qkv"} if fused else {"attn_q", "attn_k", "attn_v"}
+    )
+    for name, values in stored.items():
+        part = "qkv" if fused else name.split("_proj")[0][-1]
+        found = values_of(file, file.tensors[f"blk.4.attn_{part}.weight.{name[-13:-7].lower()}"])
+        expected = values.numpy()
+        if family in ("llama", "mistral", "smollm3") and part in "qk" and "lora_B" in name:
+            # llama.cpp rotates neighbours, transformers the halves of a head.
+            halves = expected.reshape(-1, 2, head // 2)
+            expected = halves.transpose(0, 2, 1).reshape(expected.shape)
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_gguf_adapter_of_an_unknown_layout(tiny: Tiny, tmp_path: Path) -> None:
