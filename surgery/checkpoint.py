@@ -24,7 +24,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # The safetensors reference implementation refuses headers above this size.
 LARGEST_HEADER = 100_000_000
-LARGEST_JSON = 256 * 1024 * 1024
+LARGEST_JSON = 64 * 1024 * 1024
 
 # A second copy of the weights in another container would silently stay unedited.
 _OTHER_WEIGHTS = re.compile(

@@ -160,9 +160,11 @@ def convert(
     if settings.fold == "sink":
         sinks, leaks = calibrate_sinks(subject, anatomy, mask, settings, reporter)
     edits = make_edits(anatomy, mask, settings.fold, sinks)
+    if not dry_run:
+        # Before the plan looks at the output and at the free space. What an earlier run was killed
+        # in the middle of putting there, this one may replace.
+        overwrite |= remove_stale(target)
     if form == "checkpoint":
-        if not dry_run:
-            remove_stale(target)  # before the plan looks at the free space
         plan = make_plan(
             checkpoint,
             edits,

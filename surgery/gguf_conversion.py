@@ -29,7 +29,7 @@ from surgery.manifest import FileRecord, Manifest, manifest_text, parse_manifest
 from surgery.mask import Mask
 from surgery.plan import FilePlan, Plan, check_parent, check_space, edits_by_file
 from surgery.source import file_sha256
-from surgery.staging import sync_tree, temporary_sibling
+from surgery.staging import put_each, sync_tree, temporary_sibling
 from surgery.verification import Check, checked
 
 MANIFEST_KEY = "surgery.manifest"
@@ -215,9 +215,7 @@ def gguf_staging(output: Path, count: int, *, overwrite: bool) -> Iterator[Path]
             yield folder
             sync_tree(folder)
             check_gguf_output(output, count, overwrite=overwrite)
-            # The first shard last: without it nobody reads the others.
-            for target in reversed(targets_of(output, count)):
-                os.replace(folder / target.name, target)
+            put_each(folder, [target.name for target in targets_of(output, count)])
     except OSError as error:
         raise BadSettings(f"Writing {output} failed: {error.strerror or error}.") from error
 

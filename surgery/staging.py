@@ -7,13 +7,15 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from surgery.errors import BadSettings, SurgeryError
 
 _PART, _OLD = ".part", ".old"
+# In a temporary folder: the names of its files, which are about to be put beside it.
+_READY = ".ready"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -68,22 +70,27 @@ def temporary_sibling(output: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def remove_stale(output: Path) -> None:
-    """Remove what killed processes left beside `output`; put back what one had moved away."""
+def remove_stale(output: Path) -> bool:
+    """Remove what killed processes left beside `output`; put back what one had moved away.
+
+    Returns whether files that one had begun to put there are there now.
+    """
+    finished = False
     try:
         entries = [entry for entry in os.scandir(output.parent) if entry.name[:1] == "."]
     except OSError:
-        return
+        return False
     for entry in entries:
         mine = entry.name.startswith(f".{output.name}.") and entry.is_dir(follow_symlinks=False)
-        if mine and entry.name.endswith(_PART) and _abandoned(entry.path):
-            shutil.rmtree(entry.path, ignore_errors=True)
+        if mine and entry.name.endswith(_PART):
+            finished |= _remove_abandoned(Path(entry.path))
         elif mine and entry.name.endswith(_OLD):
             if os.path.lexists(output):
                 shutil.rmtree(entry.path, ignore_errors=True)
             else:
                 with suppress(OSError):
                     os.rename(entry.path, output)
+    return finished
 
 
 @contextmanager
@@ -114,19 +121,24 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _abandoned(folder: str) -> bool:
-    """Whether no process holds the folder's lock."""
+def _remove_abandoned(folder: Path) -> bool:
+    """Remove a temporary folder unless a process holds its lock.
+
+    What `put_each` had begun with it is finished; returns whether there was such.
+    """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         return False
-    try:
+    ready = False
+    with suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
+        ready = (folder / _READY).is_file()
+        if ready:
+            _put_ready(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+    os.close(descriptor)
+    return ready
 
 
 def _remove(folder: Path | None) -> None:
@@ -148,6 +160,36 @@ def put(folder: Path, output: Path) -> None:
             raise SurgeryError(f"{output} could not be replaced: {error.strerror}.") from error
         shutil.rmtree(old)
     _sync_folder(output.parent)
+
+
+def put_each(folder: Path, names: Sequence[str]) -> None:
+    """Put the files of a finished temporary folder beside it, replacing what has their names.
+
+    Files that belong together cannot be renamed in one step. The first of `names`, without which
+    nobody reads the others, goes last; what a killed process has begun, `remove_stale` finishes.
+    """
+    if len(names) > 1:
+        part = folder / f"{_READY}{_PART}"
+        part.write_text("\n".join(names), encoding="utf-8")
+        os.replace(part, folder / _READY)
+        try:
+            _put_ready(folder)
+        except BaseException:
+            _put_ready(folder)  # once more: half of them must not stay
+            raise
+    else:
+        os.replace(folder / names[0], folder.parent / names[0])
+    _sync_folder(folder.parent)
+
+
+def _put_ready(folder: Path) -> None:
+    names = [Path(name).name for name in (folder / _READY).read_text("utf-8").split("\n")]
+    if (folder / names[0]).exists():
+        # With an earlier one in its place, a mixture of two outputs could be read meanwhile.
+        (folder.parent / names[0]).unlink(missing_ok=True)
+    for name in reversed(names):
+        if (folder / name).exists():
+            os.replace(folder / name, folder.parent / name)
 
 
 def _exchange(one: Path, other: Path) -> bool:

