@@ -102,6 +102,32 @@ class Plan:
         }
 
 
+@dataclass(frozen=True)
+class RemotePlan:
+    """What a conversion on the Hub will do, decided before any file is fetched.
+
+    sent, copied: the base's files that are patched here and those that stay on the server, with
+    their sizes in bytes.
+    """
+
+    checkpoint: Checkpoint
+    repository: str
+    edits: tuple[Edit, ...]
+    sent: Mapping[str, int]
+    copied: Mapping[str, int]
+
+    def summary(self) -> dict[str, Any]:
+        """The plan as data: what `--dry-run --json` prints."""
+        return {
+            "source": f"{self.checkpoint.origin.name}@{self.checkpoint.origin.commit}",
+            "repository": self.repository,
+            "tensors_total": len(self.checkpoint.tensors),
+            "tensors_edited": [edit.tensor for edit in self.edits],
+            "sent": dict(self.sent),
+            "copied": dict(self.copied),
+        }
+
+
 def make_plan(
     checkpoint: Checkpoint,
     edits: tuple[Edit, ...],

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.analysis import choose_mask, examine, given_emergence, stream_model
-from surgery.anatomy import depth_of
+from surgery.anatomy import Anatomy, depth_of
 from surgery.card import front_matter, render_card
 from surgery.checkpoint import Checkpoint, carried, read_header
 from surgery.conversion import check_given_layers, hashed, known_manifest
@@ -31,7 +31,7 @@ from surgery.manifest import (
     write_manifest,
 )
 from surgery.mask import Mask, attention_targets
-from surgery.plan import CARD, FIGURE, GENERATED, MANIFEST, edits_by_file
+from surgery.plan import CARD, FIGURE, GENERATED, MANIFEST, RemotePlan, edits_by_file
 from surgery.quantised import method_of
 from surgery.remote import KeptRanges
 from surgery.settings import SILENT, Reporter, Settings
@@ -45,13 +45,14 @@ _STEP = 8 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Published:
-    """A conversion that was made on the Hub.
+    """A conversion that was made on the Hub; pushed and manifest are None after a dry run.
 
     bytes_read, bytes_sent: what passed through here, of bytes_total in the model's weights.
     """
 
-    pushed: Pushed
-    manifest: Manifest
+    plan: RemotePlan
+    pushed: Pushed | None
+    manifest: Manifest | None
     bytes_read: int
     bytes_sent: int
     bytes_total: int
@@ -62,7 +63,13 @@ class CopyRefused(SurgeryError):
 
 
 def publish(
-    model: str, repo: str, *, reporter: Reporter = SILENT, public: bool = False, **options: Any
+    model: str,
+    repo: str,
+    *,
+    reporter: Reporter = SILENT,
+    public: bool = False,
+    dry_run: bool = False,
+    **options: Any,
 ) -> Published:
     """Convert a Hub model into a repository, copying on the server what stays as it is.
 
@@ -73,22 +80,35 @@ def publish(
     settings = Settings(model=model, push_to_hub=repo, **{**options, "check": False})
     _require_headers_enough(settings)
     checkpoint = resolve_light(model, settings.revision, reporter.say)
+    pushed, manifest, sent = None, None, 0
     with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
         # The file that changes holds layers that the analysis has read by then.
         remote = checkpoint.remote
         if remote is not None:
             checkpoint = replace(checkpoint, remote=KeptRanges(remote, Path(temporary)))
-        pushed, manifest, sent = _publish(checkpoint, settings, repo, public, reporter)
-    _confirm(pushed, repo, manifest)
+        decided = _decide(checkpoint, settings, repo, reporter)
+        reporter.show(decided.plan)
+        if not dry_run:
+            pushed, manifest, sent = _publish(decided, settings, public, reporter)
+            _confirm(pushed, repo, manifest)
     small = sum(path.stat().st_size for path in checkpoint.folder.rglob("*") if path.is_file())
     read = getattr(remote, "bytes_read", 0) + small
-    return Published(pushed, manifest, read, sent, checkpoint.size)
+    return Published(decided.plan, pushed, manifest, read, sent, checkpoint.size)
 
 
-def _publish(
-    checkpoint: Checkpoint, settings: Settings, repo: str, public: bool, reporter: Reporter
-) -> tuple[Pushed, Manifest, int]:
-    """Decide, fetch and patch what changes, and commit; with how many bytes were sent."""
+@dataclass(frozen=True)
+class _Decided:
+    """All that is known before a file is fetched. info: the base's files on the Hub."""
+
+    plan: RemotePlan
+    anatomy: Anatomy
+    mask: Mask
+    emergence: Emergence | None
+    info: Mapping[str, _Remote]
+
+
+def _decide(checkpoint: Checkpoint, settings: Settings, repo: str, reporter: Reporter) -> _Decided:
+    """Mask, edits and files, from headers, gains and the layers up to the emergence."""
     if checkpoint.origin.kind != "hub":
         raise BadSettings(f"--remote is for models on the Hub; {settings.model} is not one.")
     given = settings.layer is not None or settings.layers is not None
@@ -116,17 +136,31 @@ def _publish(
         targets = attention_targets(emergence.require(), anatomy.attends, settings.scope)
     mask = choose_mask(subject, anatomy, targets, settings)
     edits = make_edits(anatomy, mask, settings.fold)
-    by_file = edits_by_file(checkpoint, edits)
+    changed = edits_by_file(checkpoint, edits)
     info = _listing(checkpoint)
+    plan = RemotePlan(
+        checkpoint,
+        repo,
+        edits,
+        sent={name: checkpoint.file_sizes[name] for name in changed},
+        copied={name: known.size for name, known in info.items() if name not in changed},
+    )
+    return _Decided(plan, anatomy, mask, emergence, info)
+
+
+def _publish(
+    decided: _Decided, settings: Settings, public: bool, reporter: Reporter
+) -> tuple[Pushed, Manifest, int]:
+    """Fetch and patch what changes, and commit; with how many bytes were sent."""
+    plan, info = decided.plan, decided.info
+    by_file = edits_by_file(plan.checkpoint, plan.edits)
     with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
         folder = Path(temporary)
-        with reporter.bar("Reading", sum(checkpoint.file_sizes[n] for n in by_file)) as advance:
+        with reporter.bar("Reading", sum(plan.sent.values())) as advance:
             for name, changes in by_file.items():
-                _patched(checkpoint, name, changes, info[name], folder, advance)
-        manifest = _describe(
-            checkpoint, anatomy, mask, edits, emergence, settings, folder, info, by_file
-        )
-        pushed, sent = _commit(checkpoint, repo, folder, info, public, reporter)
+                _patched(plan.checkpoint, name, changes, info[name], folder, advance)
+        manifest = _describe(decided, settings, folder, by_file)
+        pushed, sent = _commit(plan.checkpoint, plan.repository, folder, info, public, reporter)
     return pushed, manifest, sent
 
 
@@ -193,21 +227,21 @@ def _patched(
 
 
 def _describe(
-    checkpoint: Checkpoint,
-    anatomy: Any,
-    mask: Mask,
-    edits: tuple[Edit, ...],
-    emergence: Emergence | None,
-    settings: Settings,
-    folder: Path,
-    info: Mapping[str, _Remote],
-    by_file: Mapping[str, Sequence[Edit]],
+    decided: _Decided, settings: Settings, folder: Path, by_file: Mapping[str, Sequence[Edit]]
 ) -> Manifest:
     """Card, figure and manifest beside the changed files."""
+    checkpoint, edits, emergence = decided.plan.checkpoint, decided.plan.edits, decided.emergence
     verification = _verify(checkpoint, folder, edits, by_file)
     verification.require()
     manifest = replace(
-        known_manifest(checkpoint, anatomy, mask, records(checkpoint, edits), emergence, settings),
+        known_manifest(
+            checkpoint,
+            decided.anatomy,
+            decided.mask,
+            records(checkpoint, edits),
+            emergence,
+            settings,
+        ),
         verification=verification.as_dict(),
     )
     figure = emergence is not None and bool(emergence.rows)
@@ -218,7 +252,7 @@ def _describe(
     card = render_card(manifest, front_matter(checkpoint.folder / CARD), figure=figure)
     (folder / CARD).write_text(card, encoding="utf-8")
     files = []
-    for name, known in info.items():
+    for name, known in decided.info.items():
         source = known.sha256 or _small_sha256(checkpoint, name)
         if name in by_file:
             made = hashed(folder, name)

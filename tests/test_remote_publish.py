@@ -117,6 +117,23 @@ def test_located_on_the_way_and_stale_files_removed(
     assert "surgery_layers.png" in served
 
 
+def test_a_dry_run_sends_nothing(hub: HubServer, source: Path, run: Run, tmp_path: Path) -> None:
+    done = run(*ARGS, "--layer", 3, "--dry-run").ok()
+    assert "nothing was sent" in done.stdout
+    assert f"{shard_of(source)} (" in done.stdout
+    told = run(*ARGS, "--layer", 3, "--dry-run", "--json").ok().json()
+    assert told["pushed"] is None
+    assert told["bytes_sent"] == 0
+    assert told["bytes_read"] < (source / shard_of(source)).stat().st_size
+    assert list(told["plan"]["sent"]) == [shard_of(source)]
+    assert not any(request.method == "POST" for request in hub.requests)
+    assert not list((tmp_path / "work").iterdir())
+    plan = run(*ARGS, "--layer", 3, "--json").ok().json()["plan"]
+    assert plan == told["plan"]
+    generated = {"README.md", "surgery.json", ".gitattributes"}
+    assert {*plan["sent"], *plan["copied"]} == set(hub.files("me/masked")) - generated
+
+
 def test_ranges_are_read_once(tmp_path: Path) -> None:
     """Whatever is asked for, in whatever order: the same bytes, each fetched once."""
     (tmp_path / "kept").mkdir()

@@ -109,9 +109,9 @@ def command(
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
     if remote:
-        if output is not None or dry_run or not options["push_to_hub"]:
+        if output is not None or not options["push_to_hub"]:
             raise click.UsageError("--remote needs --push-to-hub, and writes nothing here.")
-        if _published(model, terminal, as_json, options):
+        if _published(model, terminal, as_json, dry_run, options):
             return
     result = convert(
         model,
@@ -150,7 +150,9 @@ def command(
         terminal.out.print(f"[bold green]Pushed[/bold green] {safe(pushed.url)}")
 
 
-def _published(model: str, terminal: Any, as_json: bool, options: dict[str, Any]) -> bool:
+def _published(
+    model: str, terminal: Any, as_json: bool, dry_run: bool, options: dict[str, Any]
+) -> bool:
     """Whether the conversion could be made on the Hub; what the server refuses is said."""
     from dataclasses import asdict
 
@@ -159,7 +161,9 @@ def _published(model: str, terminal: Any, as_json: bool, options: dict[str, Any]
 
     settings = {name: value for name, value in options.items() if name != "push_to_hub"}
     try:
-        result = publish(model, options["push_to_hub"], reporter=terminal, **settings)
+        result = publish(
+            model, options["push_to_hub"], reporter=terminal, dry_run=dry_run, **settings
+        )
     except CopyRefused as error:
         terminal.say(f"{error} Converting here and uploading everything instead.")
         return False
@@ -169,7 +173,14 @@ def _published(model: str, terminal: Any, as_json: bool, options: dict[str, Any]
         "bytes_total": result.bytes_total,
     }
     if as_json:
-        print_json({**moved, "pushed": asdict(result.pushed)})
+        pushed = asdict(result.pushed) if result.pushed else None
+        print_json({**moved, "plan": result.plan.summary(), "pushed": pushed})
+    if result.pushed is None:
+        terminal.out.print(
+            f"Dry run: nothing was sent; deciding read {result.bytes_read / 1e6:.1f} MB of a model "
+            f"of {result.bytes_total / 1e6:.1f} MB."
+        )
+        return True
     both = result.bytes_read + result.bytes_sent
     terminal.out.print(
         f"[bold green]Pushed[/bold green] {safe(result.pushed.url)}: read "

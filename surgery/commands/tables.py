@@ -12,10 +12,11 @@ from rich.text import Text
 
 from surgery.commands.terminal import printable, safe
 from surgery.locate import Emergence
-from surgery.plan import Plan
+from surgery.plan import Plan, RemotePlan
 from surgery.verification import Verification
 
 if TYPE_CHECKING:
+    from surgery.fold import Edit
     from surgery.probe import Evidence
     from surgery.sweeping import Sweep
 
@@ -28,6 +29,8 @@ def tables(result: Any) -> Iterator[RenderableType]:
         yield _plan(result)
     elif isinstance(result, Verification):
         yield _verification(result)
+    elif isinstance(result, RemotePlan):
+        yield _remote_plan(result)
     else:
         yield _quality(result)
 
@@ -123,19 +126,9 @@ def comparison(rows: Sequence[Mapping[str, str]]) -> Table:
 
 def _plan(plan: Plan) -> RenderableType:
     table = Table(title="Plan", title_justify="left", show_header=False)
-    edited: dict[str, list[int]] = {}
-    for edit in plan.edits:
-        edited.setdefault(edit.kind.replace("_", "-"), []).append(edit.layer)
-    what = "; ".join(
-        f"{len(layers)} {kind} edit{'s' if len(layers) > 1 else ''} in layers "
-        f"{min(layers)} to {max(layers)}"
-        if min(layers) != max(layers)
-        else f"{len(layers)} {kind} edit{'s' if len(layers) > 1 else ''} in layer {layers[0]}"
-        for kind, layers in edited.items()
-    )
     patched = [file.name for file in plan.files if file.edits]
     table.add_row("output", safe(plan.output))
-    table.add_row("edits", what or "none (strength 0)")
+    table.add_row("edits", _edits(plan.edits))
     if plan.form.endswith("adapter"):
         table.add_row("base", "untouched: the edits become rank-one updates beside it")
         size = f"{plan.bytes_written / 1e3:.3g} kB"
@@ -157,6 +150,33 @@ def _plan(plan: Plan) -> RenderableType:
             "left out", safe(", ".join(plan.checkpoint.left_out)) + " (other copies of the weights)"
         )
     return table
+
+
+def _remote_plan(plan: RemotePlan) -> RenderableType:
+    table = Table(title="Plan", title_justify="left", show_header=False)
+    table.add_row("repository", safe(plan.repository))
+    table.add_row("edits", _edits(plan.edits))
+    sent, copied = sum(plan.sent.values()) / 1e6, sum(plan.copied.values()) / 1e6
+    table.add_row(
+        "patched here and sent", f"{safe(', '.join(plan.sent) or 'none')} ({sent:,.4g} MB)"
+    )
+    table.add_row("copied on the server", f"{len(plan.copied)} files ({copied:,.4g} MB)")
+    return table
+
+
+def _edits(edits: Sequence[Edit]) -> str:
+    """How many edits of which kind in which layers."""
+    edited: dict[str, list[int]] = {}
+    for edit in edits:
+        edited.setdefault(edit.kind.replace("_", "-"), []).append(edit.layer)
+    what = "; ".join(
+        f"{len(layers)} {kind} edit{'s' if len(layers) > 1 else ''} in layers "
+        f"{min(layers)} to {max(layers)}"
+        if min(layers) != max(layers)
+        else f"{len(layers)} {kind} edit{'s' if len(layers) > 1 else ''} in layer {layers[0]}"
+        for kind, layers in edited.items()
+    )
+    return what or "none (strength 0)"
 
 
 _LABELS = {"base": "base", "reference": "paper's reference (hook)", "folded": "folded weights"}
