@@ -85,7 +85,8 @@ class Checkpoint:
     """A checkpoint, described from its headers.
 
     folder: where its side files lie, and its weight files too unless they are `remote`.
-    modified: when each local file was last changed, in nanoseconds.
+    modified: when each local file was last changed, in nanoseconds. made_from: the folder or files
+    that the user has, where `folder` is a copy of them in another format.
     """
 
     folder: Path
@@ -98,6 +99,12 @@ class Checkpoint:
     file_sizes: Mapping[str, int] = field(default_factory=dict)
     modified: Mapping[str, int] = field(default_factory=dict)
     remote: Ranges | None = None
+    made_from: tuple[Path, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        """Folders and files that nothing may be written into."""
+        return (self.folder, *self.made_from)
 
     @property
     def model_type(self) -> str:

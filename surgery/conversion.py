@@ -140,7 +140,7 @@ def convert(
     target = Path(output) if output is not None else default_output(checkpoint, settings)
     form = "gguf" if target.suffix == ".gguf" and settings.form == "checkpoint" else settings.form
     if form == "checkpoint":
-        check_output(checkpoint.folder, target, overwrite=overwrite)
+        check_output(checkpoint.sources, target, overwrite=overwrite)
     mask_size(settings.rate, width_of(checkpoint.config))
     check_given_layers(settings, depth_of(checkpoint.config))
     require_editable(checkpoint, settings.fold, settings.strength, form)
@@ -355,7 +355,7 @@ def _write(
     reporter: Reporter,
 ) -> tuple[Verification, Manifest]:
     checkpoint = plan.checkpoint
-    with staging(plan.output, checkpoint.folder, overwrite=plan.overwrite) as folder:
+    with staging(plan.output, *checkpoint.sources, overwrite=plan.overwrite) as folder:
         with reporter.bar("Writing", plan.bytes_written) as advance:
             written = copy_plan(plan, folder, advance)
         check_downloads(checkpoint, {w.name: w.source_sha256 for w in written})

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from surgery.lora import (
 from surgery.manifest import clean_numbers, read_manifest
 from surgery.mask import Mask, attention_targets
 from surgery.names import StoredNames
-from surgery.plan import CARD, LOSS_FIGURE, Plan
+from surgery.plan import CARD, LOSS_FIGURE, Plan, check_apart
 from surgery.recipe import BLOCK, Recipe, parse_recipe, read_recipe
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
@@ -150,11 +150,12 @@ def _run(
     main = arguments.process_index == 0
     reporter = reporter if main else SILENT
     with arguments.main_process_first(local=False):
-        if main:
-            _prepare(parsed, target, stack, resume=resume, overwrite=overwrite)
         checkpoint = resolve(
             str(parsed.model.model_name_or_path), _revision(parsed), say=reporter.say
         )
+        if main:
+            sources = checkpoint.sources
+            _prepare(parsed, sources, target, stack, resume=resume, overwrite=overwrite)
         case = _case(parsed, checkpoint, target, smoke)
         emergence, masks = _masks(case, reporter) if main else (None, _read_masks(case))
     training_mask, fold_mask = masks
@@ -216,7 +217,13 @@ def _case(recipe: Recipe, checkpoint: Checkpoint, output: Path, smoke: bool) -> 
 
 
 def _prepare(
-    recipe: Recipe, output: Path, stack: ExitStack, *, resume: bool, overwrite: bool
+    recipe: Recipe,
+    sources: Sequence[Path],
+    output: Path,
+    stack: ExitStack,
+    *,
+    resume: bool,
+    overwrite: bool,
 ) -> None:
     """Make the work folder, or find the one to resume from; BadSettings where neither may be.
 
@@ -238,6 +245,7 @@ def _prepare(
         stack.enter_context(held(work))
         _write_json(known, record)
         return
+    check_apart(sources, output)
     with replacing(output, lambda: _check_output(output, overwrite=overwrite)) as folder:
         _check_output(output, overwrite=overwrite)
         (folder / WORK).mkdir()

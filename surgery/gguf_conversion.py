@@ -27,7 +27,7 @@ from surgery.fold import Edit
 from surgery.gguf_file import GgufFile, read_gguf, shard_path, shards_of, tensor_type, values_of
 from surgery.manifest import FileRecord, Manifest, manifest_text, parse_manifest
 from surgery.mask import Mask
-from surgery.plan import FilePlan, Plan, check_parent, check_space, edits_by_file
+from surgery.plan import FilePlan, Plan, check_apart, check_parent, check_space, edits_by_file
 from surgery.source import file_sha256
 from surgery.staging import put_each, sync_tree, temporary_sibling
 from surgery.verification import Check, checked
@@ -107,11 +107,8 @@ def plan_gguf(
         FilePlan(name, checkpoint.file_sizes[name], by_file.get(name, ())) for name in sources
     )
     plan = Plan(checkpoint, Path(os.path.abspath(output)), files, edits, overwrite)
-    check_gguf_output(plan.output, len(sources), overwrite=overwrite)
-    for source in sources:
-        for target in targets_of(plan.output, len(sources)):
-            if target.exists() and os.path.samefile(checkpoint.folder / source, target):
-                raise BadSettings("The output is the source itself; choose another --output.")
+    paths = [checkpoint.folder / name for name in sources]
+    check_gguf_output(paths, plan.output, len(sources), overwrite=overwrite)
     check_space(plan)
     return plan
 
@@ -121,10 +118,13 @@ def targets_of(output: Path, count: int) -> list[Path]:
     return [shard_path(output, number, count) for number in range(1, count + 1)]
 
 
-def check_gguf_output(output: Path, count: int, *, overwrite: bool) -> None:
+def check_gguf_output(
+    sources: Sequence[Path], output: Path, count: int, *, overwrite: bool
+) -> None:
     """Raise BadSettings unless the output may be created; nothing is touched."""
     check_parent(output)
     for target in targets_of(output, count):
+        check_apart(sources, target)
         if not os.path.lexists(target):
             continue
         if not overwrite:
@@ -208,13 +208,15 @@ def write_gguf(
 
 
 @contextmanager
-def gguf_staging(output: Path, count: int, *, overwrite: bool) -> Iterator[Path]:
+def gguf_staging(
+    sources: Sequence[Path], output: Path, count: int, *, overwrite: bool
+) -> Iterator[Path]:
     """A folder beside the output, whose files take their names when the block ends well."""
     try:
         with temporary_sibling(output) as folder:
             yield folder
             sync_tree(folder)
-            check_gguf_output(output, count, overwrite=overwrite)
+            check_gguf_output(sources, output, count, overwrite=overwrite)
             put_each(folder, [target.name for target in targets_of(output, count)])
     except OSError as error:
         raise BadSettings(f"Writing {output} failed: {error.strerror or error}.") from error
@@ -292,7 +294,8 @@ def restore_gguf(path: Path, target: Path) -> int:
 def revert_gguf(path: Path, target: Path) -> int:
     """Undo a conversion of a GGUF; returns how many files were restored."""
     _, files = read_embedded(path)
-    with gguf_staging(target, len(files), overwrite=False) as folder:
+    paths = [file.path for file in files]
+    with gguf_staging(paths, target, len(files), overwrite=False) as folder:
         return restore_gguf(path, folder / target.name)
 
 

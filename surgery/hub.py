@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import glob
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from surgery.checkpoint import check_links
 from surgery.errors import BadSettings, SurgeryError, VerificationFailed
 from surgery.manifest import read_manifest
+from surgery.plan import MANIFEST
 from surgery.source import unreachable
 from surgery.verification import verify_files
 
@@ -49,6 +53,14 @@ def push(
     check = verify_files(path, manifest.files)
     if not check.passed:
         raise VerificationFailed(f"{path} will not be pushed: {check.detail}.")
+    known = [MANIFEST, ".gitattributes", *(record.name for record in manifest.files)]
+    check_links(path, known)
+    strange = next((name for name in visible_files(path) if name not in known), None)
+    if strange is not None:
+        raise VerificationFailed(
+            f"{path} will not be pushed: {strange} is not in its manifest; take it away, or upload "
+            "it yourself afterwards."
+        )
     api = huggingface_hub.HfApi()
     with in_one_sentence(repo):
         created = api.create_repo(repository_name(repo), private=not public, exist_ok=True)
@@ -61,7 +73,7 @@ def push(
             revision=revision,
             create_pr=create_pr,
             commit_message=message or f"Upload {path.name}, made by {manifest.tool}",
-            ignore_patterns=[".cache/*", "**/.cache/*"],
+            allow_patterns=[glob.escape(name) for name in known],
             # Deletions never touch what is uploaded: only what earlier uploads left behind.
             delete_patterns=list(_STALE),
         )
@@ -72,6 +84,15 @@ def push(
         private=private,
         pull_request=getattr(result, "pr_url", None),
     )
+
+
+def visible_files(folder: Path) -> Iterator[str]:
+    """The files below a folder, those aside whose path has a hidden part."""
+    for root, directories, files in os.walk(folder):
+        directories[:] = sorted(name for name in directories if not name.startswith("."))
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield (Path(root) / name).relative_to(folder).as_posix()
 
 
 def repository_name(repo: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +17,7 @@ from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.fold import Edit, SinkDirection, pack, unpack
 from surgery.mask import check_strength
 from surgery.plan import GENERATED, MANIFEST
+from surgery.staging import write_whole
 from surgery.undo import unpack_file
 
 SCHEMA = 1
@@ -173,9 +173,7 @@ def manifest_text(manifest: Manifest) -> str:
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
     """Write surgery.json into a folder, replacing an earlier one in one step."""
-    temporary = folder / f".{MANIFEST}.part"
-    temporary.write_text(manifest_text(manifest), encoding="utf-8")
-    os.replace(temporary, folder / MANIFEST)
+    write_whole(folder / MANIFEST, manifest_text(manifest).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def make_plan(
         generated=(CARD, *([FIGURE] * figure), *([UNDO] if undo_size else []), MANIFEST),
         undo_size=undo_size,
     )
-    check_output(plan.checkpoint.folder, plan.output, overwrite=overwrite)
+    check_output(plan.checkpoint.sources, plan.output, overwrite=overwrite)
     check_space(plan)
     return plan
 
@@ -197,16 +197,24 @@ def edits_by_file(
     return by_file
 
 
-def check_output(source: Path, output: Path, *, overwrite: bool) -> None:
+def check_apart(sources: Iterable[Path], output: Path) -> None:
+    """Raise BadSettings where an output is one of the sources, or lies inside or around one."""
+    real_output = output.resolve()
+    for source in sources:
+        real_source = source.resolve()
+        same = real_source.exists() and real_output.exists() and source.samefile(output)
+        if same or real_output == real_source:
+            raise BadSettings("The output is the source itself; choose another --output.")
+        if real_source in real_output.parents or real_output in real_source.parents:
+            raise BadSettings(
+                f"The output {output} and the source {source} lie inside one another; "
+                "choose an --output elsewhere."
+            )
+
+
+def check_output(sources: Iterable[Path], output: Path, *, overwrite: bool) -> None:
     """Raise BadSettings unless `output` may be created; nothing is touched."""
-    real_source, real_output = source.resolve(), output.resolve()
-    if real_output == real_source:
-        raise BadSettings("The output is the source itself; choose another --output.")
-    if real_source in real_output.parents or real_output in real_source.parents:
-        raise BadSettings(
-            f"The output {output} and the source {source} lie inside one another; "
-            "choose an --output elsewhere."
-        )
+    check_apart(sources, output)
     if os.path.lexists(output):
         if not overwrite:
             raise BadSettings(f"{output} exists already; give --overwrite or another --output.")

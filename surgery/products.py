@@ -44,6 +44,7 @@ from surgery.mask import Mask
 from surgery.plan import CARD, MANIFEST, FilePlan, Plan, check_output, check_space
 from surgery.settings import Reporter, Settings
 from surgery.source import gguf_source, gguf_to_safetensors
+from surgery.staging import temporary_sibling
 from surgery.subject import Subject
 from surgery.verification import Check, Verification, checked, divergence
 from surgery.write import staging
@@ -80,10 +81,10 @@ def plan_product(
             raise BadSettings(
                 "--as gguf-adapter writes one file; give an --output ending in .gguf."
             )
-        check_gguf_output(target, 1, overwrite=overwrite)
+        check_gguf_output(source.sources, target, 1, overwrite=overwrite)
         files_planned: tuple[FilePlan, ...] = (FilePlan(target.name, size + _GGUF_HEAD),)
     else:
-        check_output(source.folder, target, overwrite=overwrite)
+        check_output(source.sources, target, overwrite=overwrite)
         files_planned = (FilePlan(CONFIG, 2048), FilePlan(WEIGHTS, size))
     generated = (CARD, MANIFEST) if form == "adapter" else ()
     plan = Plan(source, Path(target).absolute(), files_planned, edits, overwrite, form, generated)
@@ -108,7 +109,8 @@ def _write_gguf(
     plan: Plan, manifest: Manifest, subject: Subject, anatomy: Anatomy, mask: Mask
 ) -> tuple[Verification, Manifest]:
     files = [read_gguf(shard) for shard in shards_of(plan.checkpoint.folder / plan.files[0].name)]
-    with gguf_staging(plan.output, len(files), overwrite=plan.overwrite) as folder:
+    paths = [file.path for file in files]
+    with gguf_staging(paths, plan.output, len(files), overwrite=plan.overwrite) as folder:
         subject.reporter.say(f"Writing {plan.output.name}")
         manifest, targets = write_gguf(plan, files, manifest, folder)
         checks = verify_gguf_bytes(targets[0])
@@ -145,8 +147,8 @@ def verify_gguf(path: Path, settings: Settings, reporter: Reporter) -> Verificat
     reporter.say("Comparing bytes")
     checks = verify_gguf_bytes(path)
     if all(check.passed for check in checks):
-        with tempfile.TemporaryDirectory(prefix="surgery-", dir=path.parent) as temporary:
-            restored = Path(temporary) / files[0].path.name
+        with temporary_sibling(path) as temporary:
+            restored = temporary / files[0].path.name
             restore_gguf(path, restored)
             base = resolve(str(restored), say=reporter.say)
         anatomy = examine(base)
@@ -176,7 +178,7 @@ def _write_adapter(
 ) -> tuple[Verification, Manifest]:
     checkpoint, transposed = plan.checkpoint, anatomy.input_axis == 0
     terms = rank_one_terms(checkpoint, anatomy, plan.edits)
-    with staging(plan.output, checkpoint.folder, overwrite=plan.overwrite) as folder:
+    with staging(plan.output, *checkpoint.sources, overwrite=plan.overwrite) as folder:
         subject.reporter.say(f"Writing {plan.output.name}")
         names = write_peft(folder, checkpoint.origin, terms, mask.strength, transposed=transposed)
         checks = [verify_peft(folder, terms, mask.strength, transposed=transposed)]
@@ -271,7 +273,7 @@ def _write_gguf_adapter(
     terms = rank_one_terms(checkpoint, anatomy, plan.edits)
     architecture, updates = _updates(checkpoint, anatomy, plan.edits, terms)
     manifest = replace(manifest, container={"kind": "gguf-adapter"})
-    with gguf_staging(plan.output, 1, overwrite=plan.overwrite) as folder:
+    with gguf_staging(checkpoint.sources, plan.output, 1, overwrite=plan.overwrite) as folder:
         subject.reporter.say(f"Writing {plan.output.name}")
         path = folder / plan.output.name
         text = manifest_text(manifest)

@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -363,7 +363,8 @@ def dequantised(checkpoint: Checkpoint, say: Callable[[str], None]) -> Checkpoin
         lambda target: write_dequantised(checkpoint, target),
         lambda target: say(f"Dequantising {checkpoint.origin.name} ({method}; kept in {target})"),
     )
-    return open_checkpoint(folder, checkpoint.origin)
+    plain = open_checkpoint(folder, checkpoint.origin)
+    return replace(plain, made_from=checkpoint.sources)
 
 
 @contextmanager

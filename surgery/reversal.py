@@ -13,7 +13,7 @@ from surgery.checkpoint import Checkpoint, Origin, TensorEntry, open_checkpoint
 from surgery.errors import BadCheckpoint, BadSettings
 from surgery.fold import Edit
 from surgery.manifest import FileRecord, Manifest, read_manifest
-from surgery.plan import GENERATED, UNDO, existing_parent
+from surgery.plan import GENERATED, UNDO, check_apart, existing_parent
 from surgery.settings import SILENT, Reporter
 from surgery.source import file_sha256
 from surgery.staging import replacing
@@ -63,6 +63,7 @@ def revert(
         )
     if manifest.training is not None:
         raise BadSettings(f"{path} was trained, which cannot be undone; take its base instead.")
+    check_apart([path], target)
     check_free(target)
     converted = open_checkpoint(path, Origin("directory", path.name, str(path)))
     source, original = _originals(path, manifest, base, reporter)

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.analysis import examine
 from surgery.card import front_matter, render_card
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import Checkpoint, check_links
 from surgery.conversion import behaviour, convert
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
 from surgery.gguf_conversion import read_embedded
 from surgery.manifest import FileRecord, Manifest, read_manifest, write_manifest
 from surgery.mask import Mask
-from surgery.plan import CARD, FIGURE, edits_by_file
+from surgery.plan import CARD, FIGURE, MANIFEST, edits_by_file
 from surgery.quantised import dequantised
 from surgery.results import results_for
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
+from surgery.staging import temporary_sibling, write_whole
 from surgery.subject import Subject
 from surgery.verification import (
     Verification,
@@ -192,8 +192,8 @@ def reproduce(
         if name not in ("model", "revision", "device")
     }
     revision = checkpoint.origin.commit if checkpoint.origin.kind == "hub" else None
-    with tempfile.TemporaryDirectory(prefix=".surgery-", dir=path.parent) as temporary:
-        output = Path(temporary) / "again"
+    with temporary_sibling(path.with_name(f"{path.name}.again")) as temporary:
+        output = temporary / "again"
         again = convert(
             typed,
             revision=revision,
@@ -230,6 +230,7 @@ def refresh_card(folder: str | Path, *, results: str | Path | None = None) -> Pa
     card is kept from the present card.
     """
     path = Path(folder)
+    check_links(path, (MANIFEST, CARD, FIGURE))
     manifest = read_manifest(path)
     if results is not None:
         manifest = replace(manifest, results=results_for(Path(results), manifest))
@@ -238,7 +239,7 @@ def refresh_card(folder: str | Path, *, results: str | Path | None = None) -> Pa
     known = {record.name for record in manifest.files}
     if CARD not in known:
         raise BadSettings(f"{path} was not written with a card.")
-    (path / CARD).write_bytes(card)
+    write_whole(path / CARD, card)
     record = FileRecord(CARD, len(card), hashlib.sha256(card).hexdigest())
     files = [record if known_file.name == CARD else known_file for known_file in manifest.files]
     write_manifest(replace(manifest, files=files), path)

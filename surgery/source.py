@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -329,7 +330,8 @@ def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
         make,
         lambda target: say(f"Reading {path.name} into safetensors (kept in {target})"),
     )
-    return open_checkpoint(target, origin)
+    made_from = tuple(file.absolute() for file in (files if path.is_file() else [path]))
+    return replace(open_checkpoint(target, origin), made_from=made_from)
 
 
 def kept(name: str, make: Callable[[Path], None], beginning: Callable[[Path], None]) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -76,12 +77,14 @@ def remove_stale(output: Path) -> bool:
     Returns whether files that one had begun to put there are there now.
     """
     finished = False
+    # As `tempfile.mkdtemp` names them: a folder that a user calls something like it stays.
+    ours = re.compile(rf"\.{re.escape(output.name)}\.[a-z0-9_]{{8}}({_PART}|{_OLD})")
     try:
         entries = [entry for entry in os.scandir(output.parent) if entry.name[:1] == "."]
     except OSError:
         return False
     for entry in entries:
-        mine = entry.name.startswith(f".{output.name}.") and entry.is_dir(follow_symlinks=False)
+        mine = ours.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
         if mine and entry.name.endswith(_PART):
             finished |= _remove_abandoned(Path(entry.path))
         elif mine and entry.name.endswith(_OLD):
@@ -160,6 +163,19 @@ def put(folder: Path, output: Path) -> None:
             raise SurgeryError(f"{output} could not be replaced: {error.strerror}.") from error
         shutil.rmtree(old)
     _sync_folder(output.parent)
+
+
+def write_whole(path: Path, raw: bytes) -> None:
+    """Write a file that is the earlier one or the whole new one, wherever the process ends.
+
+    A link of that name is replaced, not followed.
+    """
+    part = path.with_name(f".{path.name}{_PART}")
+    part.unlink(missing_ok=True)
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    with open(descriptor, "wb") as file:
+        file.write(raw)
+    os.replace(part, path)
 
 
 def put_each(folder: Path, names: Sequence[str]) -> None:

@@ -26,10 +26,12 @@ from typing import TYPE_CHECKING, Any
 from surgery.analysis import examine, find_emergence
 from surgery.anatomy import width_of
 from surgery.card import command_line
+from surgery.checkpoint import read_json
 from surgery.conversion import Conversion, convert
-from surgery.errors import BadSettings, SurgeryError, Unsupported
+from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
 from surgery.manifest import clean_numbers
 from surgery.mask import attention_targets, mask_size
+from surgery.plan import check_apart
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
 from surgery.study import Claim, Progress, SharedStudy, Space
@@ -278,7 +280,7 @@ def sweep(
     _check(plan, anatomy, checkpoint, jobs)
     name = checkpoint.origin.name.rsplit("/", 1)[-1]
     folder = Path(output) if output is not None else Path(f"{name}-sweep")
-    _make_folder(folder)
+    _make_folder(folder, checkpoint.sources)
     url = storage or f"sqlite:///{(folder / STUDY).absolute()}"
     shared = SharedStudy(url, study_name or f"{name}-sweep", plan.space, common.seed)
     facts = plan.facts(checkpoint)
@@ -363,13 +365,28 @@ def _task_facts(tasks: TaskSettings) -> dict[str, Any]:
     return dict(json.loads(json.dumps(facts)))
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, sources: Sequence[Path]) -> None:
+    """Raise BadSettings for a folder that is the model's, or holds something else than a sweep."""
+    check_apart(sources, folder)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if names and not any(name.startswith(STUDY) for name in names) and not _swept(folder):
+        raise BadSettings(
+            f"{folder} holds files of something else ({sorted(names)[0]}); choose another --output."
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadSettings(f"The folder {folder} cannot be made: {error.strerror}.") from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise BadSettings(f"{folder} is not writable; choose another --output.")
+
+
+def _swept(folder: Path) -> bool:
+    """Whether a folder has the results of a sweep whose study is kept elsewhere."""
+    try:
+        return "points" in read_json(folder / RESULTS)
+    except BadCheckpoint:
+        return False
 
 
 # --------------------------------------------------------------------------------------------

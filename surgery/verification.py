@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from surgery.checkpoint import Checkpoint, Origin, open_checkpoint
+from surgery.checkpoint import Checkpoint, Origin, check_links, open_checkpoint
 from surgery.errors import BadCheckpoint, SurgeryError, VerificationFailed
 from surgery.fold import Edit
 from surgery.manifest import FileRecord
@@ -150,6 +150,7 @@ def verify_files(folder: Path, files: Sequence[FileRecord]) -> Check:
     from surgery.source import file_sha256
 
     def test() -> str:
+        check_links(folder, [record.name for record in files])
         for record in files:
             path = folder / record.name
             if not path.is_file():

@@ -303,7 +303,7 @@ def _copy_read(reader: int, writer: int, count: int, position: int) -> int:
 
 
 @contextmanager
-def staging(output: Path, source: Path, *, overwrite: bool) -> Iterator[Path]:
+def staging(output: Path, *sources: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary sibling of a checkpoint that becomes `output` when the block ends well."""
-    with replacing(output, lambda: check_output(source, output, overwrite=overwrite)) as folder:
+    with replacing(output, lambda: check_output(sources, output, overwrite=overwrite)) as folder:
         yield folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,8 +69,10 @@ def command(
     if plot is not None and plot.suffix.lower() != ".png":
         raise BadSettings(f"--plot draws a PNG; {plot} should end in .png.")
     if report is not None:
+        from surgery.plan import check_apart
         from surgery.report import check_folder
 
+        check_apart([Path(model) for model in models if os.path.exists(model)], report)
         check_folder(report)
     terminal = Terminal(quiet=quiet, as_json=as_json)
     if len(models) == 1:

@@ -191,7 +191,7 @@ def test_a_training_is_begun_or_not(
 
     def begin() -> None:
         with ExitStack() as stack:
-            finetuning._prepare(recipe, output, stack, resume=False, overwrite=overwrite)
+            finetuning._prepare(recipe, (), output, stack, resume=False, overwrite=overwrite)
 
     def reset() -> None:
         shutil.rmtree(output.parent, ignore_errors=True)
