@@ -202,7 +202,8 @@ def check_apart(sources: Iterable[Path], output: Path) -> None:
     real_output = output.resolve()
     for source in sources:
         real_source = source.resolve()
-        same = real_source.exists() and real_output.exists() and source.samefile(output)
+        # Not Path.exists, which raises for names that cannot be.
+        same = os.path.exists(source) and os.path.exists(output) and source.samefile(output)
         if same or real_output == real_source:
             raise BadSettings("The output is the source itself; choose another --output.")
         if real_source in real_output.parents or real_output in real_source.parents:
