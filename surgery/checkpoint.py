@@ -25,6 +25,8 @@ INDEX = "model.safetensors.index.json"
 # The safetensors reference implementation refuses headers above this size.
 LARGEST_HEADER = 100_000_000
 LARGEST_JSON = 64 * 1024 * 1024
+# Beyond them, multiplying a stranger's numbers could take for ever.
+_LARGEST_NUMBER, _DIMENSIONS = 2**63, 64
 
 # A second copy of the weights in another container would silently stay unedited.
 _OTHER_WEIGHTS = re.compile(
@@ -233,8 +235,10 @@ def _entry(file: str, name: str, fields: Any, start: int) -> TensorEntry:
     try:
         dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
         numbers = [*shape, begin, end]
-        if not all(type(number) is int and number >= 0 for number in numbers):
+        if not all(type(number) is int and 0 <= number <= _LARGEST_NUMBER for number in numbers):
             raise TypeError
+        if len(shape) > _DIMENSIONS:
+            raise ValueError
         bits = dtypes.BITS[dtype]
     except (KeyError, TypeError, ValueError) as error:
         raise BadCheckpoint(f"{file}: the header's entry for {name!r} is malformed.") from error
@@ -320,7 +324,8 @@ def _weight_files(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]
         if not isinstance(weight_map, dict) or not weight_map:
             raise BadCheckpoint(f"{index} has no weight_map.")
         for name in weight_map.values():
-            if not isinstance(name, str) or name != os.path.basename(name) or not name:
+            plain = isinstance(name, str) and name.isprintable() and name == os.path.basename(name)
+            if not plain or not name:
                 raise BadCheckpoint(
                     f"{index} names the file {name!r}, which is not a plain file name beside it."
                 )

@@ -39,6 +39,8 @@ _UINT32, _STRING, _ARRAY = 4, 8, 9
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 # More dimensions than ggml knows, and longer arrays than any vocabulary, are damage.
 _DIMENSIONS, _LONGEST = 4, 2**31
+# Padding is made in memory.
+_LARGEST_ALIGNMENT = 2**20
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,8 @@ def _read(path: Path, size: int, reader: _Reader) -> GgufFile:
     metadata_end = reader.position
     records = [_record(reader) for _ in range(count)]
     alignment = values.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
+    known = isinstance(alignment, int) and 8 <= alignment <= _LARGEST_ALIGNMENT
+    if not known or alignment % 8:
         raise BadCheckpoint(f"{path} has an alignment of {alignment!r}.")
     data = reader.position + -reader.position % alignment
     tensors = {}

@@ -201,6 +201,10 @@ def test_header_length_above_what_the_library_reads(folder: Path) -> None:
         ({"a": tensor([-4], 0, -16)}, 16, "malformed"),
         ({"a": tensor([4.0], 0, 16)}, 16, "malformed"),
         ({"a": tensor([True], 0, 4)}, 4, "malformed"),
+        ({"a": tensor([2**63 + 1, 0], 0, 0)}, 0, "malformed"),
+        ({"a": tensor([1] * 65, 0, 4)}, 4, "malformed"),
+        ({"a": tensor([int("9" * 4000)] * 1000, 0, 4)}, 4, "malformed"),
+        ({"a": tensor([4], 0, 10**4000)}, 16, "malformed"),
         ({"a": {"dtype": "F32", "shape": [4]}}, 16, "malformed"),
         ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0]}}, 16, "malformed"),
         ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8, 16]}}, 16, "malformed"),
@@ -293,7 +297,10 @@ def test_tensor_in_two_files(sharded: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "", ".", "..", 7, None, ["x"]],
+    [
+        *("../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "", ".", ".."),
+        *("\0", "a\nb", "\ud800", 7, None, ["x"]),
+    ],
 )
 def test_index_that_leaves_the_folder(sharded: Path, name: Any) -> None:
     save_file({"c": torch.ones(3)}, sharded.parent / "outside.safetensors")

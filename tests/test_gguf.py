@@ -208,6 +208,17 @@ def test_version_one_is_refused(cut: Path, tmp_path: Path) -> None:
         read_gguf(tmp_path / "old.gguf")
 
 
+@pytest.mark.parametrize("alignment", [0, 4, 12, 2**20 + 8, 2**40])
+def test_an_alignment_that_is_none(tmp_path: Path, alignment: int) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "llama")
+    writer.add_uint64("general.alignment", alignment)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(BadCheckpoint, match="has an alignment of"):
+        read_gguf(tmp_path / "odd.gguf")
+
+
 def test_the_head_is_what_it_was(cut: Path) -> None:
     file = read_gguf(cut)
     assert file.head() == cut.read_bytes()[: file.data]
