@@ -24,7 +24,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # The safetensors reference implementation refuses headers above this size.
 LARGEST_HEADER = 100_000_000
-LARGEST_JSON = 64 * 1024 * 1024
+LARGEST_TEXT = 64 * 1024 * 1024
 # Beyond them, multiplying a stranger's numbers could take for ever.
 _LARGEST_NUMBER, _DIMENSIONS = 2**63, 64
 
@@ -168,15 +168,26 @@ class LocalFiles:
         return [self.read(*wanted) for wanted in ranges]
 
 
+def read_text(path: Path) -> str:
+    """The text of a file of a usual size; OSError or ValueError, with the reason, otherwise.
+
+    Whatever a stranger's file names is read in this way: never from a device or a pipe, which may
+    have no end.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    with open(path, "rb") as file:
+        raw = file.read(LARGEST_TEXT + 1)
+    if len(raw) > LARGEST_TEXT:
+        raise ValueError(f"it is larger than {LARGEST_TEXT // 2**20} MiB")
+    return raw.decode("utf-8")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or one sentence about why not."""
     try:
-        if path.exists() and not path.is_file():
-            raise BadCheckpoint(f"{path} is no file.")
-        if path.stat().st_size > LARGEST_JSON:
-            raise BadCheckpoint(f"{path} is too large to be a JSON side file.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        value = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path} is not readable as JSON: {error}.") from error
     if not isinstance(value, dict):
         raise BadCheckpoint(f"{path} holds no JSON object.")

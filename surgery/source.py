@@ -471,8 +471,11 @@ def _pickles_to_safetensors(source: Path, files: list[Path], folder: Path) -> No
             raise BadCheckpoint(f"{file} holds something other than named tensors.")
         target = _safetensors_name(file.name)
         state = _without_aliases(state) if tied else state
-        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+        for name, tensor in state.items():
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise BadCheckpoint(f"{file}: {name} is larger than what is stored of it.")
         try:
+            tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
             save_file(tensors, folder / target, metadata={"format": "pt"})
         except Exception as error:  # a number format that safetensors has not
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

@@ -276,6 +276,17 @@ def test_pickles_of_something_else(state: Any, tiny_copy: Tiny, own_cache: Path)
     assert not own_cache.exists()
 
 
+@pytest.mark.parametrize("size", [(3,), (10**13,), (2**40, 2**20)])
+def test_pickles_that_grow(size: tuple[int, ...], tiny_copy: Tiny, own_cache: Path) -> None:
+    """A few bytes in the file that would be terabytes in memory."""
+    folder = tiny_copy()
+    (folder / SINGLE).unlink()
+    torch.save({"x": torch.zeros(1).expand(size)}, folder / "pytorch_model.bin")
+    with pytest.raises(BadCheckpoint, match="x is larger than what is stored of it"):
+        resolve(str(folder))
+    assert not own_cache.exists()
+
+
 def test_pickles_in_a_format_that_safetensors_lacks(tiny_copy: Tiny, own_cache: Path) -> None:
     folder = tiny_copy()
     (folder / SINGLE).unlink()
