@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -27,7 +29,7 @@ from surgery.checkpoint import (
     read_json,
 )
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
-from surgery.gguf_file import merge, shards_of
+from surgery.gguf_file import check_sizes, merge, read_gguf, shards_of
 from surgery.staging import sync_tree, temporary_sibling
 
 # Part of the name under which a converted source is kept: raised when the conversion changes.
@@ -383,18 +385,27 @@ def _read_gguf(path: Path, folder: Path) -> None:
     import torch
     import transformers
 
-    from surgery.loading import quiet
+    from surgery.loading import quiet, require_stored
 
+    head = read_gguf(path)
+    check_sizes(head)
+    stored = sum(math.prod(tensor.shape) for tensor in head.tensors.values())
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
     if hasattr(transformers, "GgufConfig"):  # 5.x keeps the blocks packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # The reader draws a progress bar of its own that nothing else switches off.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
+            config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            require_stored(copy.deepcopy(config), stored, path)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, config=config, **options
+            )
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        except SurgeryError:
+            raise
         except Exception as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise BadCheckpoint(f"transformers cannot read {path}: {first}") from error

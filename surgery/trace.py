@@ -28,7 +28,7 @@ from surgery.anatomy import (
 from surgery.checkpoint import Checkpoint
 from surgery.errors import Unsupported
 from surgery.families import NO_GAIN
-from surgery.loading import auto_class, parameters_on_meta, quiet
+from surgery.loading import auto_class, on_meta, quiet
 from surgery.names import StoredNames
 
 # Length of the traced prompt.
@@ -236,7 +236,7 @@ def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             config = AutoConfig.from_pretrained(
                 checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-            model = _build(
+            model = on_meta(
                 auto_class(config),
                 config,
                 attn_implementation="eager",
@@ -250,16 +250,6 @@ def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
                 f"transformers cannot build {checkpoint.model_type} from config.json: {first}"
             ) from error
     return model.eval()
-
-
-def _build(auto: Any, config: Any, **options: Any) -> Any:
-    """A model on the meta device, also where its constructor computes with values."""
-    try:
-        with torch.device("meta"):
-            return auto.from_config(config, **options)
-    except (RuntimeError, NotImplementedError):
-        with parameters_on_meta():
-            return auto.from_config(config, **options).to("meta")
 
 
 def _decoder_layers(model: Any, depth: int) -> tuple[str, list[torch.nn.Module]]:

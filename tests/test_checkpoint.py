@@ -473,6 +473,21 @@ def test_shapes_against_the_configuration(tiny_copy: Tiny, tmp_path: Path) -> No
         shutil.rmtree(folder)
 
 
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size", "head_dim"])
+def test_a_model_larger_than_what_is_stored(key: str, tiny_copy: Tiny, tmp_path: Path) -> None:
+    """Gigabytes that transformers would make before it compares shapes."""
+    import surgery
+
+    folder = tiny_copy()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: 10**7}))
+    with pytest.raises(BadCheckpoint, match="parameters, but it holds only"):
+        surgery.analyze(str(folder))
+    with pytest.raises(BadCheckpoint, match="parameters, but it holds only"):
+        surgery.convert(str(folder), layer=3, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_tensor_missing_from_one_layer(tiny_copy: Tiny, tmp_path: Path) -> None:
     import surgery
 

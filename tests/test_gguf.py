@@ -219,6 +219,30 @@ def test_an_alignment_that_is_none(tmp_path: Path, alignment: int) -> None:
         read_gguf(tmp_path / "odd.gguf")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("block_count", 10**9, "its tensors allow at most 38"),
+        ("embedding_length", 2**31, "its tensors allow at most 2000"),
+        ("feed_forward_length", 2**31, "its tensors allow at most 2000"),
+        ("vocab_size", 10**9, "its tensors allow at most 2000"),
+        ("attention.head_count", 10**9, "its tensors allow at most 2000"),
+        ("block_count", 38, "parameters, but it holds only"),
+    ],
+)
+def test_metadata_of_a_larger_model(
+    cut: Path, tmp_path: Path, key: str, value: int, reason: str
+) -> None:
+    path = tmp_path / "large.gguf"
+    raw = bytearray(cut.read_bytes())
+    struct.pack_into("<I", raw, read_gguf(cut).places[f"llama.{key}"], value)
+    path.write_bytes(raw)
+    with pytest.raises(BadCheckpoint, match=reason):
+        surgery.analyze(str(path))
+    with pytest.raises(BadCheckpoint, match=reason):
+        surgery.convert(str(path), output=tmp_path / "x.gguf", layer=LAYER, check=False)
+
+
 def test_the_head_is_what_it_was(cut: Path) -> None:
     file = read_gguf(cut)
     assert file.head() == cut.read_bytes()[: file.data]
