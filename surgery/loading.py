@@ -137,9 +137,7 @@ def load_model(
     with quiet():
         config = load_config(folder, trust_remote_code=trust_remote_code)
         try:
-            require_stored(
-                config, _stored(folder), folder, trust_remote_code=trust_remote_code
-            )
+            require_stored(config, _stored(folder), folder, trust_remote_code=trust_remote_code)
             model, info = auto_class(config).from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
