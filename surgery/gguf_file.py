@@ -252,7 +252,8 @@ def check_sizes(file: GgufFile) -> None:
         value = file.values.get(key, 0)
         if not isinstance(value, int) or value > largest:
             raise BadCheckpoint(
-                f"{file.path} says that {key} is {value!r}, but its tensors allow at most {largest}."
+                f"{file.path} says that {key} is {value!r}, but its tensors allow at most "
+                f"{largest}."
             )
 
 
