@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint import Origin, open_checkpoint, read_json
-from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
+from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -117,7 +117,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:
-        raise BadCheckpoint(f"transformers cannot load {folder}: {_first_line(error)}") from error
+        raise BadCheckpoint(f"transformers cannot load {folder}: {first_line(error)}") from error
 
 
 def load_model(
@@ -148,7 +148,7 @@ def load_model(
         except SurgeryError:
             raise
         except Exception as error:
-            first = _first_line(error)
+            first = first_line(error)
             raise BadCheckpoint(f"transformers cannot load {folder}: {first}") from error
     missing = sorted(info["missing_keys"])
     if missing:
@@ -206,12 +206,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
         except Exception as error:
-            first = _first_line(error)
+            first = first_line(error)
             raise BadCheckpoint(f"The tokenizer in {folder} cannot be loaded: {first}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or repr(error)
 
 
 def require_finite(model: Any) -> None:

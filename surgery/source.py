@@ -28,7 +28,7 @@ from surgery.checkpoint import (
     other_files,
     read_json,
 )
-from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
+from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, first_line
 from surgery.gguf_file import check_sizes, merge, read_gguf, shards_of
 from surgery.staging import sync_tree, temporary_sibling
 
@@ -221,7 +221,7 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, HfHubHTTPError | OSError | ValueError) and not unreachable(error):
             raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        first = first_line(error)
         raise BadCheckpoint(f"Fetching {wanted} from the Hub failed: {first}") from error
 
 
@@ -407,7 +407,7 @@ def _read_gguf(path: Path, folder: Path) -> None:
         except SurgeryError:
             raise
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            first = first_line(error)
             raise BadCheckpoint(f"transformers cannot read {path}: {first}") from error
     _portable_tokenizer(folder)
     _portable_config(folder)
@@ -471,7 +471,7 @@ def _pickles_to_safetensors(source: Path, files: list[Path], folder: Path) -> No
                     mmap=zipfile.is_zipfile(file),  # files from before torch 1.6 are no archives
                 )
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            first = first_line(error)
             raise BadCheckpoint(
                 f"{file} cannot be read as plain tensors (weights_only=True): {first}"
             ) from error
@@ -489,7 +489,7 @@ def _pickles_to_safetensors(source: Path, files: list[Path], folder: Path) -> No
             tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
             save_file(tensors, folder / target, metadata={"format": "pt"})
         except Exception as error:  # a number format that safetensors has not
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            first = first_line(error)
             raise BadCheckpoint(f"{file} cannot be stored as safetensors: {first}") from error
         weight_map |= dict.fromkeys(tensors, target)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -26,7 +26,7 @@ from surgery.anatomy import (
     width_of,
 )
 from surgery.checkpoint import Checkpoint
-from surgery.errors import Unsupported
+from surgery.errors import Unsupported, first_line
 from surgery.families import NO_GAIN
 from surgery.loading import auto_class, on_meta, quiet
 from surgery.names import StoredNames
@@ -245,7 +245,7 @@ def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             if hasattr(model, "set_experts_implementation"):  # from transformers 5 on
                 model.set_experts_implementation("eager")  # the others want certain dtypes
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            first = first_line(error)
             raise Unsupported(
                 f"transformers cannot build {checkpoint.model_type} from config.json: {first}"
             ) from error
@@ -302,7 +302,7 @@ def _run(model: Any, layers_path: str, width: int) -> _Trace:
             return _run_once(model, layers_path, width, in_tuple)
         except Exception as failure:
             error = error or failure
-    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    first = first_line(error)
     raise Unsupported(f"Tracing {type(model).__name__} failed: {first}") from error
 
 
