@@ -10,7 +10,7 @@ from pathlib import Path
 
 from surgery.errors import BadSettings, SurgeryError, VerificationFailed
 from surgery.manifest import read_manifest
-from surgery.source import unreachable
+from surgery.source import hub_words
 from surgery.verification import verify_files
 
 _STALE = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf")
@@ -93,6 +93,8 @@ def in_one_sentence(repo: str) -> Iterator[None]:
 
     try:
         yield
+    except SurgeryError:
+        raise
     except LocalTokenNotFoundError as error:
         raise SurgeryError(
             "You are not logged in to the Hub; run `hf auth login` or set HF_TOKEN."
@@ -104,12 +106,6 @@ def in_one_sentence(repo: str) -> Iterator[None]:
                 f"The Hub refuses to write to {repo}; log in with `hf auth login` (or set HF_TOKEN "
                 "to a token that may write there)."
             ) from error
-        raise SurgeryError(f"Uploading to {repo} failed: {_first_line(error)}") from error
-    except Exception as error:
-        if not isinstance(error, OSError | ValueError | RuntimeError) and not unreachable(error):
-            raise
-        raise SurgeryError(f"Uploading to {repo} failed: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise SurgeryError(f"Uploading to {repo} failed: {hub_words(error)}") from error
+    except Exception as error:  # whatever an answer of another shape, or a proxy, leads to
+        raise SurgeryError(f"Uploading to {repo} failed: {hub_words(error)}") from error

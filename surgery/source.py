@@ -191,7 +191,6 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     """What the Hub and its client raise, as one sentence each."""
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -218,11 +217,18 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         raise BadCheckpoint(
             f"{wanted} is not in the local cache and the Hub cannot be reached (offline?)."
         ) from error
-    except Exception as error:
-        if not isinstance(error, HfHubHTTPError | OSError | ValueError) and not unreachable(error):
-            raise
-        first = first_line(error)
+    except Exception as error:  # whatever an answer of another shape, or a proxy, leads to
+        first = hub_words(error)
         raise BadCheckpoint(f"Fetching {wanted} from the Hub failed: {first}") from error
+
+
+def hub_words(error: Exception) -> str:
+    """What the Hub's client raised, in a line that does not repeat the token."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    line = first_line(error)
+    return line.replace(token, "***") if token else line
 
 
 def unreachable(error: Exception) -> bool:
