@@ -76,8 +76,12 @@ def push(
 
 def repository_name(repo: str) -> str:
     """The name of a repository; BadSettings for what cannot be one."""
-    if repo.count("/") > 1 or not repo.strip("/"):
-        raise BadSettings(f"{repo!r} is not a Hub repository; write it as user/name.")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise BadSettings(f"{repo!r} is not a Hub repository; write it as user/name.") from error
     return repo
 
 
