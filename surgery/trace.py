@@ -302,6 +302,7 @@ def _run(model: Any, layers_path: str, width: int) -> _Trace:
             return _run_once(model, layers_path, width, in_tuple)
         except Exception as failure:
             error = error or failure
+    assert error is not None
     first = first_line(error)
     raise Unsupported(f"Tracing {type(model).__name__} failed: {first}") from error
 
