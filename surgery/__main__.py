@@ -10,6 +10,8 @@ import sys
 def main() -> None:
     """Run the command line."""
     signal.signal(signal.SIGTERM, _terminate)
+    if hasattr(sys.stdout, "reconfigure"):  # tables have characters that not every terminal has
+        sys.stdout.reconfigure(errors="replace")
     try:
         from surgery.commands import cli
 
@@ -20,6 +22,9 @@ def main() -> None:
         word, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
         sys.stderr.write(f"{word}; nothing was left behind.\n")
         os._exit(code)
+    except OSError as error:  # of stdout, in the help and whatever else comes before a command
+        sys.stderr.write(f"Error: {error.strerror or error}.\n")
+        os._exit(1)
 
 
 def _terminate(_signal: int, _frame: object) -> None:

@@ -24,7 +24,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # The safetensors reference implementation refuses headers above this size.
 LARGEST_HEADER = 100_000_000
-LARGEST_JSON = 64 * 1024 * 1024
+LARGEST_TEXT = 64 * 1024 * 1024
+# Beyond them, multiplying a stranger's numbers could take for ever.
+_LARGEST_NUMBER, _DIMENSIONS = 2**63, 64
 
 # A second copy of the weights in another container would silently stay unedited.
 _OTHER_WEIGHTS = re.compile(
@@ -173,15 +175,26 @@ class LocalFiles:
         return [self.read(*wanted) for wanted in ranges]
 
 
+def read_text(path: Path) -> str:
+    """The text of a file of a usual size; OSError or ValueError, with the reason, otherwise.
+
+    Whatever a stranger's file names is read in this way: never from a device or a pipe, which may
+    have no end.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    with open(path, "rb") as file:
+        raw = file.read(LARGEST_TEXT + 1)
+    if len(raw) > LARGEST_TEXT:
+        raise ValueError(f"it is larger than {LARGEST_TEXT // 2**20} MiB")
+    return raw.decode("utf-8")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or one sentence about why not."""
     try:
-        if path.exists() and not path.is_file():
-            raise BadCheckpoint(f"{path} is no file.")
-        if path.stat().st_size > LARGEST_JSON:
-            raise BadCheckpoint(f"{path} is too large to be a JSON side file.")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        value = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise BadCheckpoint(f"{path} is not readable as JSON: {error}.") from error
     if not isinstance(value, dict):
         raise BadCheckpoint(f"{path} holds no JSON object.")
@@ -240,8 +253,10 @@ def _entry(file: str, name: str, fields: Any, start: int) -> TensorEntry:
     try:
         dtype, shape, (begin, end) = fields["dtype"], fields["shape"], fields["data_offsets"]
         numbers = [*shape, begin, end]
-        if not all(type(number) is int and number >= 0 for number in numbers):
+        if not all(type(number) is int and 0 <= number <= _LARGEST_NUMBER for number in numbers):
             raise TypeError
+        if len(shape) > _DIMENSIONS:
+            raise ValueError
         bits = dtypes.BITS[dtype]
     except (KeyError, TypeError, ValueError) as error:
         raise BadCheckpoint(f"{file}: the header's entry for {name!r} is malformed.") from error
@@ -327,7 +342,8 @@ def _weight_files(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]
         if not isinstance(weight_map, dict) or not weight_map:
             raise BadCheckpoint(f"{index} has no weight_map.")
         for name in weight_map.values():
-            if not isinstance(name, str) or name != os.path.basename(name) or not name:
+            plain = isinstance(name, str) and name.isprintable() and name == os.path.basename(name)
+            if not plain or not name:
                 raise BadCheckpoint(
                     f"{index} names the file {name!r}, which is not a plain file name beside it."
                 )

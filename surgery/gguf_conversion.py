@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,15 @@ from surgery.anatomy import Anatomy, effective_gain
 from surgery.checkpoint import Checkpoint, Origin, TensorEntry
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
 from surgery.fold import Edit
-from surgery.gguf_file import GgufFile, read_gguf, shard_path, shards_of, tensor_type, values_of
+from surgery.gguf_file import (
+    F32,
+    GgufFile,
+    read_gguf,
+    shard_path,
+    shards_of,
+    tensor_type,
+    values_of,
+)
 from surgery.manifest import FileRecord, Manifest, manifest_text, parse_manifest
 from surgery.mask import Mask
 from surgery.plan import FilePlan, Plan, check_apart, check_parent, check_space, edits_by_file
@@ -234,7 +242,53 @@ def read_embedded(path: Path) -> tuple[Manifest, list[GgufFile]]:
         raw = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise BadCheckpoint(f"The manifest in {path} is damaged: {error}.") from error
-    return parse_manifest(raw, f"The manifest in {path}"), files
+    manifest = parse_manifest(raw, f"The manifest in {path}")
+    try:
+        _check(manifest, files)
+    except ValueError as error:
+        raise BadCheckpoint(f"The manifest in {path} is damaged: {error}.") from error
+    return manifest, files
+
+
+@dataclass(frozen=True)
+class _Container:
+    kind: str
+    added: list[str]
+    restored: dict[str, int]
+
+
+def _check(manifest: Manifest, files: Sequence[GgufFile]) -> None:
+    """Raise ValueError where a manifest does not fit the files that it is about."""
+    if manifest.container is None or manifest.container.get("kind") == "gguf-adapter":
+        return
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        text = json.dumps(manifest.container)
+        container = TypeAdapter(_Container).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"container: {error.errors()[0]['msg']}") from error
+    first = files[0]
+    if len(set(container.added)) != len(container.added):
+        raise ValueError("it names an addition twice")
+    for key, value in container.restored.items():
+        if (
+            not 0 <= value < 2**32
+            or first.places.get(key, first.metadata_end) + 4 > first.metadata_end
+        ):
+            raise ValueError(f"{key} cannot be restored")
+    if len(manifest.files) != len(files):
+        raise ValueError(f"it is about {len(manifest.files)} files, not {len(files)}")
+    for edit in manifest.edits:
+        tensor = next((f.tensors[edit.tensor] for f in files if edit.tensor in f.tensors), None)
+        original = base64.b64decode(edit.original or "")
+        if (
+            tensor is None
+            or (tensor.kind, tensor.size) != (F32, len(original))
+            or edit.kind not in ("gain", "bias")
+            or 4 * max(manifest.dimensions[edit.layer]) >= tensor.size
+        ):
+            raise ValueError(f"the edit of {edit.tensor} is none")
 
 
 def restored(files: Sequence[GgufFile], number: int, manifest: Manifest) -> Iterator[bytes]:

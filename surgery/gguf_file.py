@@ -39,6 +39,21 @@ _UINT32, _STRING, _ARRAY = 4, 8, 9
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 # More dimensions than ggml knows, and longer arrays than any vocabulary, are damage.
 _DIMENSIONS, _LONGEST = 4, 2**31
+# Padding is made in memory.
+_LARGEST_ALIGNMENT = 2**20
+# Metadata that are the length of some tensor's axis, or less.
+_SIZES = (
+    "vocab_size",
+    "embedding_length",
+    "feed_forward_length",
+    "expert_count",
+    "expert_feed_forward_length",
+    "expert_shared_feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+)
 
 
 @dataclass(frozen=True)
@@ -204,7 +219,8 @@ def _read(path: Path, size: int, reader: _Reader) -> GgufFile:
     metadata_end = reader.position
     records = [_record(reader) for _ in range(count)]
     alignment = values.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
+    known = isinstance(alignment, int) and 8 <= alignment <= _LARGEST_ALIGNMENT
+    if not known or alignment % 8:
         raise BadCheckpoint(f"{path} has an alignment of {alignment!r}.")
     data = reader.position + -reader.position % alignment
     tensors = {}
@@ -224,6 +240,21 @@ def _record(reader: _Reader) -> tuple[str, int, tuple[int, ...], int]:
         raise struct.error(f"{name} has {dimensions} dimensions")
     shape = tuple(reader.take("Q") for _ in range(dimensions))
     return name, reader.take("I"), shape[::-1], reader.take("Q")
+
+
+def check_sizes(file: GgufFile) -> None:
+    """Raise BadCheckpoint where the metadata describe a larger model than there are tensors for."""
+    longest = max((axis for tensor in file.tensors.values() for axis in tensor.shape), default=0)
+    architecture = file.values.get("general.architecture")
+    for name in ("block_count", *_SIZES):
+        key = f"{architecture}.{name}"
+        largest = len(file.tensors) if name == "block_count" else longest
+        value = file.values.get(key, 0)
+        if not isinstance(value, int) or value > largest:
+            raise BadCheckpoint(
+                f"{file.path} says that {key} is {value!r}, but its tensors allow at most "
+                f"{largest}."
+            )
 
 
 def tensor_type(kind: int) -> str:

@@ -14,7 +14,7 @@ from surgery.checkpoint import check_links
 from surgery.errors import BadSettings, SurgeryError, VerificationFailed
 from surgery.manifest import read_manifest
 from surgery.plan import MANIFEST
-from surgery.source import unreachable
+from surgery.source import hub_words
 from surgery.verification import verify_files
 
 _STALE = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf")
@@ -97,8 +97,12 @@ def visible_files(folder: Path) -> Iterator[str]:
 
 def repository_name(repo: str) -> str:
     """The name of a repository; BadSettings for what cannot be one."""
-    if repo.count("/") > 1 or not repo.strip("/"):
-        raise BadSettings(f"{repo!r} is not a Hub repository; write it as user/name.")
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise BadSettings(f"{repo!r} is not a Hub repository; write it as user/name.") from error
     return repo
 
 
@@ -114,6 +118,8 @@ def in_one_sentence(repo: str) -> Iterator[None]:
 
     try:
         yield
+    except SurgeryError:
+        raise
     except LocalTokenNotFoundError as error:
         raise SurgeryError(
             "You are not logged in to the Hub; run `hf auth login` or set HF_TOKEN."
@@ -125,12 +131,6 @@ def in_one_sentence(repo: str) -> Iterator[None]:
                 f"The Hub refuses to write to {repo}; log in with `hf auth login` (or set HF_TOKEN "
                 "to a token that may write there)."
             ) from error
-        raise SurgeryError(f"Uploading to {repo} failed: {_first_line(error)}") from error
-    except Exception as error:
-        if not isinstance(error, OSError | ValueError | RuntimeError) and not unreachable(error):
-            raise
-        raise SurgeryError(f"Uploading to {repo} failed: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise SurgeryError(f"Uploading to {repo} failed: {hub_words(error)}") from error
+    except Exception as error:  # whatever an answer of another shape, or a proxy, leads to
+        raise SurgeryError(f"Uploading to {repo} failed: {hub_words(error)}") from error

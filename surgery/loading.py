@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -10,7 +11,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from surgery.errors import BadCheckpoint, BadSettings
+from surgery.checkpoint import Origin, open_checkpoint, read_json
+from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +82,32 @@ def parameters_on_meta() -> Iterator[None]:
         torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def on_meta(auto: Any, config: Any, **options: Any) -> Any:
+    """A model on the meta device, also where its constructor computes with values."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, **options)
+    except (RuntimeError, NotImplementedError):
+        with parameters_on_meta():
+            return auto.from_config(config, **options).to("meta")
+
+
+def require_stored(config: Any, stored: int, where: Path, **options: Any) -> None:
+    """Raise BadCheckpoint where a configuration describes far more parameters than are stored.
+
+    transformers takes memory for all of them before it compares shapes.
+    """
+    model = on_meta(auto_class(config), config, **options)
+    described = sum(parameter.numel() for parameter in model.parameters())
+    if described > 2 * stored:  # tied ones are stored once
+        raise BadCheckpoint(
+            f"The configuration of {where} describes {described:,} parameters, but it holds only "
+            f"{stored:,}."
+        )
+
+
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration in a folder; BadCheckpoint when transformers cannot load it."""
     from transformers import AutoConfig
@@ -89,7 +117,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:
-        raise BadCheckpoint(f"transformers cannot load {folder}: {_first_line(error)}") from error
+        raise BadCheckpoint(f"transformers cannot load {folder}: {first_line(error)}") from error
 
 
 def load_model(
@@ -109,6 +137,7 @@ def load_model(
     with quiet():
         config = load_config(folder, trust_remote_code=trust_remote_code)
         try:
+            require_stored(config, _stored(folder), folder, trust_remote_code=trust_remote_code)
             model, info = auto_class(config).from_pretrained(
                 folder,
                 dtype=getattr(torch, dtype),
@@ -116,13 +145,23 @@ def load_model(
                 output_loading_info=True,
                 local_files_only=True,
             )
+        except SurgeryError:
+            raise
         except Exception as error:
-            first = _first_line(error)
+            first = first_line(error)
             raise BadCheckpoint(f"transformers cannot load {folder}: {first}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise BadCheckpoint(f"{folder} lacks weights the model needs, such as {missing[0]}.")
     return model.to(device).eval() if device is not None else model.eval()
+
+
+def _stored(folder: Path) -> int:
+    """How many parameters a checkpoint in a folder can hold."""
+    checkpoint = open_checkpoint(folder, Origin("directory", folder.name, str(folder)))
+    if "quantization_config" in checkpoint.config:  # several to a number, a bit each at the least
+        return 8 * checkpoint.size
+    return sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
 
 
 def auto_class(config: Any) -> Any:
@@ -149,8 +188,6 @@ def _made_from(auto: Any, config: Any) -> bool:
 
 def refuse_remote_code(folder: Path, trusted: bool) -> None:
     """Raise BadSettings for a checkpoint that brings its own code, unless it was asked for."""
-    from surgery.checkpoint import read_json
-
     if "auto_map" in read_json(folder / "config.json") and not trusted:
         raise BadSettings(
             f"{folder} brings its own Python code (auto_map), which would run on this machine; "
@@ -169,12 +206,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
         except Exception as error:
-            first = _first_line(error)
+            first = first_line(error)
             raise BadCheckpoint(f"The tokenizer in {folder} cannot be loaded: {first}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or repr(error)
 
 
 def require_finite(model: Any) -> None:

@@ -244,8 +244,19 @@ class _Verification:
 
 
 @dataclass(frozen=True)
+class _Recipe:
+    name: str
+    keys: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    path: str
+
+
+@dataclass(frozen=True)
 class _Training:
-    recipe: dict[str, Any]
+    recipe: _Recipe
     steps: int
     rows: int
     processes: int
@@ -278,7 +289,16 @@ def _check(manifest: Manifest) -> None:
 
         check_results(manifest.results)
     if manifest.training is not None:
+        from surgery.recipe import BLOCK, Treatment
+
         shaped(_Training, manifest.training)
+        keys = manifest.training["recipe"]["keys"]
+        shaped(Treatment, keys.get(BLOCK))
+        # All of them, as a recipe is recorded: the card says what they are.
+        lacking = set(Treatment.__dataclass_fields__) - set(keys[BLOCK])
+        if lacking:
+            raise ValueError(f"the recipe's block {BLOCK} lacks {min(lacking)}")
+        shaped(list[_Dataset] | None, keys.get("datasets"))
     check_strength(manifest.strength)
     if not manifest.dimensions:
         raise ValueError("it names no layer")

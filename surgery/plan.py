@@ -236,6 +236,10 @@ def check_parent(output: Path) -> None:
         raise BadSettings(f"{parent} is not a directory; choose another --output.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise BadSettings(f"{parent} is not writable; choose another --output.")
+    # What is written has a longer name until it is whole: see `staging.temporary_sibling`.
+    length = len(os.fsencode(f".{output.name}.12345678.part"))
+    if 0 < os.pathconf(parent, "PC_NAME_MAX") < length:
+        raise BadSettings(f"The name {output.name} is too long; choose another --output.")
 
 
 def existing_parent(path: Path) -> Path:

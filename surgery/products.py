@@ -25,7 +25,7 @@ from surgery.anatomy import Anatomy, text_config
 from surgery.card import front_matter, render_card
 from surgery.checkpoint import Checkpoint
 from surgery.conversion import behaviour, hashed, verification_batch
-from surgery.errors import BadCheckpoint, BadSettings, Unsupported
+from surgery.errors import BadCheckpoint, BadSettings, Unsupported, first_line
 from surgery.fold import Edit
 from surgery.gguf_conversion import (
     check_gguf_output,
@@ -248,7 +248,11 @@ def adapter_behaviour(
     with edited(model, anatomy, subject.checkpoint, edits):
         folded = run(model)
     with quiet():
-        adapted = run(PeftModel.from_pretrained(model, str(folder)).eval())
+        try:
+            wrapped = PeftModel.from_pretrained(model, str(folder)).eval()
+        except Exception as error:
+            raise BadCheckpoint(f"PEFT cannot load {folder}: {first_line(error)}") from error
+        adapted = run(wrapped)
     subject.release()
     distance, whole = divergence(folded, adapted), divergence(folded, base)
     return [

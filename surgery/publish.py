@@ -35,7 +35,7 @@ from surgery.plan import CARD, FIGURE, GENERATED, MANIFEST, RemotePlan, edits_by
 from surgery.quantised import method_of
 from surgery.remote import KeptRanges
 from surgery.settings import SILENT, Reporter, Settings
-from surgery.source import resolve_light
+from surgery.source import hub_words, resolve_light
 from surgery.subject import Subject
 from surgery.verification import Verification, checked
 from surgery.write import edited_blocks
@@ -191,13 +191,13 @@ def _listing(checkpoint: Checkpoint) -> dict[str, _Remote]:
         found = huggingface_hub.HfApi().model_info(
             checkpoint.origin.name, revision=checkpoint.origin.commit, files_metadata=True
         )
-    listing = {}
-    for sibling in found.siblings or []:
-        name = sibling.rfilename
-        large = sibling.lfs.sha256 if sibling.lfs is not None else None
-        known = name in checkpoint.weight_files
-        if known or (carried(name) and name not in (*GENERATED, ".gitattributes")):
-            listing[name] = _Remote(int(sibling.size or 0), large)
+        listing = {}
+        for sibling in found.siblings or []:
+            name = sibling.rfilename
+            large = sibling.lfs.sha256 if sibling.lfs is not None else None
+            known = name in checkpoint.weight_files
+            if known or (carried(name) and name not in (*GENERATED, ".gitattributes")):
+                listing[name] = _Remote(int(sibling.size or 0), large)
     return listing
 
 
@@ -317,7 +317,6 @@ def _commit(
     """One commit: changed and generated files sent, the others copied; and how much was sent."""
     import huggingface_hub
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
-    from huggingface_hub.errors import HfHubHTTPError
 
     made = sorted(path.name for path in folder.iterdir())
     api = huggingface_hub.HfApi()
@@ -349,13 +348,15 @@ def _commit(
         result = api.create_commit(
             name, operations, commit_message=f"{origin.name} with WeMask, copied on the server"
         )
-    except (HfHubHTTPError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    except Exception as error:  # of the server, or of a client that cannot ask it to
+        first = hub_words(error)
         raise CopyRefused(f"The files cannot be copied to {repo} on the server: {first}") from error
+    with in_one_sentence(repo):
+        private = api.model_info(name).private
     pushed = Pushed(
         url=f"{api.endpoint}/{name}",
         commit=getattr(result, "oid", None),
-        private=api.model_info(name).private,
+        private=private,
         pull_request=None,
     )
     return pushed, sum((folder / part).stat().st_size for part in made)
@@ -369,8 +370,8 @@ def _confirm(pushed: Pushed, repo: str, manifest: Manifest) -> None:
         found = huggingface_hub.HfApi().model_info(
             pushed.url.split("/", 3)[3], revision=pushed.commit, files_metadata=True
         )
-    there = {s.rfilename: s.lfs.sha256 for s in found.siblings or [] if s.lfs is not None}
-    names = {sibling.rfilename for sibling in found.siblings or []}
+        there = {s.rfilename: s.lfs.sha256 for s in found.siblings or [] if s.lfs is not None}
+        names = {sibling.rfilename for sibling in found.siblings or []}
     for record in manifest.files:
         if record.name not in names or there.get(record.name, record.sha256) != record.sha256:
             raise VerificationFailed(f"{repo} does not hold {record.name} as it was to be.")

@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 from surgery import plain_yaml
 from surgery.anatomy import FOLDS
-from surgery.checkpoint import read_json
+from surgery.checkpoint import read_json, read_text
 from surgery.errors import BadSettings, SurgeryError
 from surgery.loading import quiet
 from surgery.mask import SCOPES, SELECTIONS, check_rate, check_strength
@@ -153,9 +153,11 @@ class Recipe:
 def read_recipe(path: Path) -> dict[str, Any]:
     """The keys of a recipe file; BadSettings where it is no plain YAML map."""
     try:
-        found = plain_yaml.load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:
         raise BadSettings(f"The recipe {path} cannot be read: {error}.") from error
+    try:
+        found = plain_yaml.load(text)
     except ValueError as error:
         raise BadSettings(f"The recipe {path} is not valid YAML: {error}.") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):

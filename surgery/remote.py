@@ -9,6 +9,7 @@ from pathlib import Path
 
 from surgery.checkpoint import Ranges
 from surgery.errors import BadCheckpoint
+from surgery.source import hub_words
 
 # Requests under way at once; each costs a round trip, not bandwidth.
 _PARALLEL = 8
@@ -35,6 +36,10 @@ class HubRanges:
                 self._sizes[file] = int(self._files.info(f"{self._root}/{file}")["size"])
             except OSError as error:
                 raise BadCheckpoint(f"{self._root} has no file {file}.") from error
+            except Exception as error:  # an answer of another shape
+                raise BadCheckpoint(
+                    f"Reading {self._root}/{file} failed: {hub_words(error)}"
+                ) from error
         return self._sizes[file]
 
     def read(self, file: str, begin: int, end: int) -> bytes:
@@ -47,8 +52,9 @@ class HubRanges:
                 opened.seek(begin)
                 raw: bytes = opened.read(end - begin)
         except Exception as error:  # the file system passes on what its HTTP client raises
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise BadCheckpoint(f"Reading {self._root}/{file} failed: {first}") from error
+            raise BadCheckpoint(
+                f"Reading {self._root}/{file} failed: {hub_words(error)}"
+            ) from error
         if len(raw) != end - begin:
             raise BadCheckpoint(f"{self._root}/{file} ends early on the Hub.")
         with self._lock:

@@ -98,9 +98,11 @@ def verify(
     if settings.form == "adapter":
         from surgery.products import verify_adapter
 
+        files = verify_files(path, manifest.files)
+        if not files.passed:
+            return Verification((files,))
         plain = dequantised(checkpoint, reporter.say)
         anatomy = examine(plain, trust_remote_code=trust_remote_code)
-        files = verify_files(path, manifest.files)
         checks = verify_adapter(path, manifest, plain, anatomy, settings, reporter)
         return Verification((files, *checks))
     if manifest.training is not None:

@@ -66,6 +66,10 @@ class Settings:
             raise BadSettings("Give either --layer (the ME Layer) or --layers (targets), not both.")
         if self.check_tokens < 1 or self.calibration_tokens < 1:
             raise BadSettings("--check-tokens and --calibration-tokens must be at least 1.")
+        if self.push_to_hub is not None:
+            from surgery.hub import repository_name
+
+            repository_name(self.push_to_hub)
         if not 0 <= self.max_degradation < float("inf"):
             raise BadSettings(
                 "--max-degradation must be a finite number and not negative; to write a checkpoint "

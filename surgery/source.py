@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -27,8 +29,8 @@ from surgery.checkpoint import (
     other_files,
     read_json,
 )
-from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
-from surgery.gguf_file import merge, shards_of
+from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, first_line
+from surgery.gguf_file import check_sizes, merge, read_gguf, shards_of
 from surgery.staging import sync_tree, temporary_sibling
 
 # Part of the name under which a converted source is kept: raised when the conversion changes.
@@ -190,7 +192,6 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     """What the Hub and its client raise, as one sentence each."""
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -217,11 +218,18 @@ def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
         raise BadCheckpoint(
             f"{wanted} is not in the local cache and the Hub cannot be reached (offline?)."
         ) from error
-    except Exception as error:
-        if not isinstance(error, HfHubHTTPError | OSError | ValueError) and not unreachable(error):
-            raise
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    except Exception as error:  # whatever an answer of another shape, or a proxy, leads to
+        first = hub_words(error)
         raise BadCheckpoint(f"Fetching {wanted} from the Hub failed: {first}") from error
+
+
+def hub_words(error: Exception) -> str:
+    """What the Hub's client raised, in a line that does not repeat the token."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    line = first_line(error)
+    return line.replace(token, "***") if token else line
 
 
 def unreachable(error: Exception) -> bool:
@@ -385,20 +393,29 @@ def _read_gguf(path: Path, folder: Path) -> None:
     import torch
     import transformers
 
-    from surgery.loading import quiet
+    from surgery.loading import quiet, require_stored
 
+    head = read_gguf(path)
+    check_sizes(head)
+    stored = sum(math.prod(tensor.shape) for tensor in head.tensors.values())
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
     if hasattr(transformers, "GgufConfig"):  # 5.x keeps the blocks packed unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     # The reader draws a progress bar of its own that nothing else switches off.
     with quiet(), contextlib.redirect_stderr(io.StringIO()):
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
+            config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            require_stored(copy.deepcopy(config), stored, path)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent, config=config, **options
+            )
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+        except SurgeryError:
+            raise
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            first = first_line(error)
             raise BadCheckpoint(f"transformers cannot read {path}: {first}") from error
     _portable_tokenizer(folder)
     _portable_config(folder)
@@ -462,7 +479,7 @@ def _pickles_to_safetensors(source: Path, files: list[Path], folder: Path) -> No
                     mmap=zipfile.is_zipfile(file),  # files from before torch 1.6 are no archives
                 )
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            first = first_line(error)
             raise BadCheckpoint(
                 f"{file} cannot be read as plain tensors (weights_only=True): {first}"
             ) from error
@@ -473,11 +490,14 @@ def _pickles_to_safetensors(source: Path, files: list[Path], folder: Path) -> No
             raise BadCheckpoint(f"{file} holds something other than named tensors.")
         target = _safetensors_name(file.name)
         state = _without_aliases(state) if tied else state
-        tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
+        for name, tensor in state.items():
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise BadCheckpoint(f"{file}: {name} is larger than what is stored of it.")
         try:
+            tensors = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
             save_file(tensors, folder / target, metadata={"format": "pt"})
         except Exception as error:  # a number format that safetensors has not
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            first = first_line(error)
             raise BadCheckpoint(f"{file} cannot be stored as safetensors: {first}") from error
         weight_map |= dict.fromkeys(tensors, target)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

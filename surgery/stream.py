@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint
-from surgery.errors import Unsupported
+from surgery.errors import Unsupported, first_line
 from surgery.loading import auto_class, parameters_on_meta, quiet, refuse_remote_code
 from surgery.locate import Emergence, agree, vote
 from surgery.names import StoredNames
@@ -86,7 +86,7 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype, trust_remote_code: bool
                 config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            first = first_line(error)
             raise Unsupported(
                 f"transformers cannot build {checkpoint.model_type} from config.json: {first}"
             ) from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.checkpoint import read_text
 from surgery.errors import BadSettings, SurgeryError
 
 FOLDER = Path(__file__).parent / "data"
@@ -48,8 +49,8 @@ def read_texts(path: Path) -> list[Text]:
     Raises BadSettings for a file without usable text.
     """
     try:
-        raw = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        raw = read_text(path)
+    except (OSError, ValueError) as error:
         raise BadSettings(f"The text file {path} cannot be read: {error}.") from error
     if path.suffix in (".jsonl", ".json"):
         texts = [_from_line(path, number, line) for number, line in _lines(raw)]

@@ -26,9 +26,9 @@ from surgery.anatomy import (
     width_of,
 )
 from surgery.checkpoint import Checkpoint
-from surgery.errors import Unsupported
+from surgery.errors import Unsupported, first_line
 from surgery.families import NO_GAIN
-from surgery.loading import auto_class, parameters_on_meta, quiet
+from surgery.loading import auto_class, on_meta, quiet
 from surgery.names import StoredNames
 
 # Length of the traced prompt.
@@ -236,7 +236,7 @@ def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             config = AutoConfig.from_pretrained(
                 checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-            model = _build(
+            model = on_meta(
                 auto_class(config),
                 config,
                 attn_implementation="eager",
@@ -245,21 +245,11 @@ def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
             if hasattr(model, "set_experts_implementation"):  # from transformers 5 on
                 model.set_experts_implementation("eager")  # the others want certain dtypes
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            first = first_line(error)
             raise Unsupported(
                 f"transformers cannot build {checkpoint.model_type} from config.json: {first}"
             ) from error
     return model.eval()
-
-
-def _build(auto: Any, config: Any, **options: Any) -> Any:
-    """A model on the meta device, also where its constructor computes with values."""
-    try:
-        with torch.device("meta"):
-            return auto.from_config(config, **options)
-    except (RuntimeError, NotImplementedError):
-        with parameters_on_meta():
-            return auto.from_config(config, **options).to("meta")
 
 
 def _decoder_layers(model: Any, depth: int) -> tuple[str, list[torch.nn.Module]]:
@@ -312,7 +302,8 @@ def _run(model: Any, layers_path: str, width: int) -> _Trace:
             return _run_once(model, layers_path, width, in_tuple)
         except Exception as failure:
             error = error or failure
-    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    assert error is not None
+    first = first_line(error)
     raise Unsupported(f"Tracing {type(model).__name__} failed: {first}") from error
 
 

@@ -26,7 +26,7 @@ def training_words(record: Mapping[str, Any]) -> str:
                 else "mask left out."
             )
         )
-    if record.get("first_loss") is not None:
+    if None not in (record.get("first_loss"), record.get("last_loss")):
         line = f"Loss {record['first_loss']:.4g} at first, {record['last_loss']:.4g} at last"
         if record.get("held_out_loss") is not None:
             line += f"; held-out loss {record['held_out_loss']:.4g}"
@@ -46,7 +46,7 @@ def training_words(record: Mapping[str, Any]) -> str:
         )
         if name in keys
     }
-    if "datasets" in shown:  # of local files, the path says nothing elsewhere
+    if shown.get("datasets"):  # of local files, the path says nothing elsewhere
         shown["datasets"] = ", ".join(str(part["path"]) for part in shown["datasets"])
     table = ["| setting | value |", "| --- | --- |"]
     table += [f"| {name} | `{value}` |" for name, value in shown.items()]

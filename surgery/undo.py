@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery import dtypes
-from surgery.checkpoint import LARGEST_JSON, Checkpoint, LocalFiles, TensorEntry, parse_header
+from surgery.checkpoint import LARGEST_TEXT, Checkpoint, LocalFiles, TensorEntry, parse_header
 from surgery.errors import BadCheckpoint
 from surgery.fold import Edit
 from surgery.plan import CARD, FIGURE, MANIFEST
@@ -109,7 +109,7 @@ def replaced_files(checkpoint: Checkpoint) -> dict[str, str]:
     for name in (CARD, MANIFEST, FIGURE):
         path = checkpoint.folder / name
         if path.is_file():
-            if path.stat().st_size > LARGEST_JSON:
+            if path.stat().st_size > LARGEST_TEXT:
                 raise BadCheckpoint(f"{path} is larger than any such file; take it away.")
             found[name] = pack_file(files.read(name, 0, path.stat().st_size))
     return found
@@ -125,7 +125,7 @@ def unpack_file(text: str) -> bytes:
     inflate = zlib.decompressobj()
     try:
         raw = inflate.decompress(
-            base64.b64decode(text.encode("ascii"), validate=True), LARGEST_JSON
+            base64.b64decode(text.encode("ascii"), validate=True), LARGEST_TEXT
         )
     except zlib.error as error:
         raise ValueError(str(error)) from error

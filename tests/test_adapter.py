@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -89,6 +90,26 @@ def test_alpha_is_the_strength(tiny: Tiny, tmp_path: Path) -> None:
     for folder in (half, dialled):
         adapted = peft.PeftModel.from_pretrained(model_in(Path(base)), str(folder)).eval()
         torch.testing.assert_close(logits(adapted), logits(model_in(folded)), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"rank_pattern": {"(": 1}}, {"layers_pattern": "("}, {"target_modules": "([a-z._]+)+X"}],
+)
+def test_patterns_of_a_stranger(
+    change: dict[str, Any], tiny: Tiny, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Whether or not the manifest has the changed file's hash."""
+    out = surgery.convert(str(tiny()), output=tmp_path / "out", form="adapter", **QUICK).output
+    config = {**json.loads((out / CONFIG).read_text()), **change}
+    (out / CONFIG).write_text(json.dumps(config))
+    assert run("verify", out, "-q").code == 5
+    manifest = json.loads((out / "surgery.json").read_text())
+    for record in manifest["files"]:
+        raw = (out / record["name"]).read_bytes()
+        record |= {"size": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    (out / "surgery.json").write_text(json.dumps(manifest))
+    assert f"another {next(iter(change))}" in run("verify", out, "-q").sentence()
 
 
 def test_command_verify_and_reproduce(tiny: Tiny, run: Callable[..., Any], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from surgery.checkpoint import Origin
 from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.manifest import Manifest, clean_numbers, read_manifest, write_manifest
 from surgery.plan import CARD, FIGURE, MANIFEST
+from surgery.recipe import Treatment
 
 Tiny = Callable[..., Path]
 Run = Callable[..., Any]
@@ -205,6 +206,51 @@ def test_damaged_in_a_known_place(
         read_manifest(folder)
     for command in ("inspect", "verify", "card", "reproduce"):
         assert run(command, folder, "--quiet").sentence()
+
+
+BLOCK = asdict(Treatment())
+TRAINING: dict[str, Any] = {
+    "recipe": {"name": "r.yaml", "keys": {"surgery": BLOCK}},
+    **dict.fromkeys(("steps", "rows", "processes", "trainable"), 1),
+    "changed": [],
+    "versions": {},
+}
+
+
+def test_the_least_that_is_said_of_a_training(
+    converted_copy: Callable[..., Path], run: Run
+) -> None:
+    """Enough for all that reads it; null is a value that a recipe may give."""
+    folder = converted_copy()
+    training = copy.deepcopy(TRAINING)
+    training["recipe"]["keys"]["datasets"] = training["first_loss"] = None
+    (folder / MANIFEST).write_text(json.dumps({**raw(folder), "training": training}))
+    assert "r.yaml" in run("inspect", folder).ok().stdout
+    run("card", folder).ok()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "word"),
+    [
+        ({}, "recipe.name"),
+        ({"name": 1, "keys": {"surgery": BLOCK}}, "recipe.name"),
+        ({"name": "r"}, "recipe.keys"),
+        ({"name": "r", "keys": {}}, "damaged"),
+        ({"name": "r", "keys": {"surgery": {}}}, "surgery lacks"),
+        ({"name": "r", "keys": {"surgery": {**BLOCK, "method": "x"}}}, "method must be one of"),
+        ({"name": "r", "keys": {"surgery": {**BLOCK, "rate": "x"}}}, "rate"),
+        ({"name": "r", "keys": {"surgery": BLOCK, "datasets": [1]}}, "damaged"),
+        ({"name": "r", "keys": {"surgery": BLOCK, "datasets": [{}]}}, "path"),
+    ],
+)
+def test_damaged_training(
+    recipe: dict[str, Any], word: str, converted_copy: Callable[..., Path], run: Run
+) -> None:
+    folder = converted_copy()
+    training = {**TRAINING, "recipe": recipe}
+    (folder / MANIFEST).write_text(json.dumps({**raw(folder), "training": training}))
+    for command in ("inspect", "verify", "card"):
+        assert word in run(command, folder, "--quiet").sentence()
 
 
 @pytest.mark.parametrize("key", ["tensor", "file", "layer", "kind"])

@@ -201,6 +201,10 @@ def test_header_length_above_what_the_library_reads(folder: Path) -> None:
         ({"a": tensor([-4], 0, -16)}, 16, "malformed"),
         ({"a": tensor([4.0], 0, 16)}, 16, "malformed"),
         ({"a": tensor([True], 0, 4)}, 4, "malformed"),
+        ({"a": tensor([2**63 + 1, 0], 0, 0)}, 0, "malformed"),
+        ({"a": tensor([1] * 65, 0, 4)}, 4, "malformed"),
+        ({"a": tensor([int("9" * 4000)] * 1000, 0, 4)}, 4, "malformed"),
+        ({"a": tensor([4], 0, 10**4000)}, 16, "malformed"),
         ({"a": {"dtype": "F32", "shape": [4]}}, 16, "malformed"),
         ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0]}}, 16, "malformed"),
         ({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8, 16]}}, 16, "malformed"),
@@ -293,7 +297,10 @@ def test_tensor_in_two_files(sharded: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "", ".", "..", 7, None, ["x"]],
+    [
+        *("../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "", ".", ".."),
+        *("\0", "a\nb", "\ud800", 7, None, ["x"]),
+    ],
 )
 def test_index_that_leaves_the_folder(sharded: Path, name: Any) -> None:
     save_file({"c": torch.ones(3)}, sharded.parent / "outside.safetensors")
@@ -464,6 +471,21 @@ def test_shapes_against_the_configuration(tiny_copy: Tiny, tmp_path: Path) -> No
             surgery.convert(str(folder), layer=3, check=False, output=tmp_path / "out")
         assert error.value.exit_code == 7, change
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "intermediate_size", "head_dim"])
+def test_a_model_larger_than_what_is_stored(key: str, tiny_copy: Tiny, tmp_path: Path) -> None:
+    """Gigabytes that transformers would make before it compares shapes."""
+    import surgery
+
+    folder = tiny_copy()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: 10**7}))
+    with pytest.raises(BadCheckpoint, match="parameters, but it holds only"):
+        surgery.analyze(str(folder))
+    with pytest.raises(BadCheckpoint, match="parameters, but it holds only"):
+        surgery.convert(str(folder), layer=3, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tensor_missing_from_one_layer(tiny_copy: Tiny, tmp_path: Path) -> None:

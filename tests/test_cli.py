@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -494,12 +496,78 @@ def test_output_exists(output: Path, tiny: Tiny, run: Run, snapshot: Snapshot) -
     assert json.loads((output / MANIFEST).read_text())["settings"]["rate"] == 0.5
 
 
-def test_a_plot_that_cannot_be_drawn(tiny: Tiny, tmp_path: Path, run: Run) -> None:
-    for path in (tmp_path / "nothing" / "x.png", tmp_path / "x.docx"):
-        outcome = run("analyze", tiny(), "--plot", path, "--quiet")
+@pytest.mark.parametrize("command", ["analyze", "compare"])
+def test_a_plot_that_cannot_be_drawn(
+    command: str, tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    models = [tiny()] * (2 if command == "compare" else 1)
+    for path in (tmp_path / "nothing" / "x.png", tmp_path / "x.docx", "x.jpg", "x", ".png", ""):
+        outcome = run(command, *models, "--plot", path, "--quiet")
         assert outcome.code == 2
         outcome.sentence()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("repo", ["a/b/c", "", "/", "a b/c"])
+def test_a_repository_that_is_none(repo: str, tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    """Said before anything is written."""
+    words = ("convert", tiny(), *("--layer", 3, "--no-check", "--quiet"), "-o", tmp_path / "out")
+    outcome = run(*words, "--push-to-hub", repo)
+    assert outcome.code == 2
+    assert "is not a Hub repository" in outcome.sentence()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("length", [300, 241])
+def test_an_output_with_a_name_too_long(length: int, tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    """A dry run says what the real one would; one character less is written."""
+    words = ("convert", tiny(), *("--layer", 3, "--no-check", "--quiet"), "-o")
+    for more in ([], ["--dry-run"]):
+        outcome = run(*words, tmp_path / ("x" * length), *more)
+        assert outcome.code == 2
+        assert "is too long" in outcome.sentence()
+    assert list(tmp_path.iterdir()) == []
+    run(*words, tmp_path / ("x" * 240)).ok()
+
+
+def test_long_errors_are_cut(tiny_copy: Tiny, run: Run) -> None:
+    folder = tiny_copy()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "x" * 100_000}))
+    assert len(run("analyze", folder, "--quiet").sentence()) < 1100
+
+
+def test_names_are_no_emoji(tiny: Tiny, tmp_path: Path, run: Run) -> None:
+    output = tmp_path / "a:bug:b"
+    told = run("convert", tiny(), "--layer", 3, "--no-check", "-o", output).ok()
+    assert "a:bug:b" in told.stdout + run("inspect", output).ok().stdout
+    assert "\N{BUG}" not in told.stdout + told.stderr + run("inspect", output).stdout
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_with_few_characters(
+    encoding: str, tiny: Tiny, tmp_path: Path, shell: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    shell("families", encoding=encoding).ok()
+    words = ("--layer", 3, "--no-check", "-o", tmp_path / "out")
+    assert "Written" in shell("convert", tiny(), *words, encoding=encoding).ok().stdout
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("words", ["--help", "--version", "families", "inspect --help"])
+def test_a_full_disk_behind_stdout(words: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -m surgery {words} > /dev/full'],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "Error: No space left on device.\n"
 
 
 def test_plot(tiny: Tiny, tmp_path: Path, run: Run) -> None:
@@ -529,9 +597,6 @@ def test_interrupted(tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.M
 
 
 def test_closed_pipe(finished: Path) -> None:
-    import subprocess
-    import sys
-
     command = f'"{sys.executable}" -m surgery inspect "{finished}" --json | head -n 1'
     done = subprocess.run(
         ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False

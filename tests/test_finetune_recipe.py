@@ -114,7 +114,7 @@ def test_accelerate_files_are_read_by_accelerate() -> None:
         ({"load_in_8bit": "yes"}, "unquantised"),
         ({"hub_token": "hf_secret"}, "hub_token cannot be given: recipes are kept"),
         ({"seed": [1]}, "seed cannot be .1.: Input should be a valid integer"),
-        ({"accelerator_config": "/dev/zero"}, "/dev/zero is no file"),
+        ({"accelerator_config": "/dev/zero"}, "/dev/zero is not readable as JSON: it is no file"),
         ({"fsdp": "full_shard", "fsdp_config": 1}, "fsdp_config: 1 is not readable as JSON"),
         ({"dataset_streaming": 1}, "the rows are counted"),
         ({"lora_modules_to_save": 7}, "lora_modules_to_save cannot be 7"),

@@ -190,6 +190,73 @@ def test_damage_is_noticed(converted: Path, tmp_path: Path, where: str) -> None:
         surgery.verify(path).require()
 
 
+def with_manifest(converted: Path, path: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
+    """A converted file with another manifest in it, which is its last metadata."""
+    file, raw = read_gguf(converted), converted.read_bytes()
+    manifest = json.loads(file.values[MANIFEST_KEY])
+    edit(manifest)
+    text = json.dumps(manifest).encode()
+    head = raw[: file.places[MANIFEST_KEY]] + struct.pack("<Q", len(text)) + text
+    head += raw[file.metadata_end : file.table_end]
+    path.write_bytes(head + bytes(-len(head) % file.alignment) + raw[file.data :])
+    return path
+
+
+def container(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda manifest: manifest["container"].update(changes)
+
+
+def first_edit(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda manifest: manifest["edits"][0].update(changes)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        container(restored={"nokey": 1}),
+        container(restored={"llama.block_count": "x"}),
+        container(restored={"llama.block_count": -1}),
+        container(restored={"llama.block_count": 2**32}),
+        container(restored=[1]),
+        container(restored=None),
+        container(added=5),
+        container(added=None),
+        container(added=[[1], MANIFEST_KEY]),
+        container(added=[MANIFEST_KEY] * 1000),
+        container(added=[]),
+        container(added=["general.architecture", MANIFEST_KEY]),
+        container(kind=[1]),
+        lambda manifest: manifest.update(container=None),
+        lambda manifest: manifest.update(files=[]),
+        lambda manifest: manifest.update(files=manifest["files"] * 3),
+        first_edit(original=None),
+        first_edit(original="AAAA"),
+        first_edit(original="AAAAAA=="),
+        first_edit(kind="columns"),
+        first_edit(tensor="token_embd.weight"),
+        first_edit(tensor="nothing"),
+        lambda manifest: manifest.update(edits=manifest["edits"] * 2),
+        lambda manifest: manifest.update(edits=[]),
+        lambda manifest: (
+            manifest.update(hidden_size=10**9),
+            manifest["dimensions"].update({str(LAYER + 1): [10**8]}),
+        ),
+    ],
+)
+def test_a_manifest_that_is_not_about_its_file(
+    edit: Callable[[dict[str, Any]], Any], converted: Path, tmp_path: Path, run: Callable[..., Any]
+) -> None:
+    path = with_manifest(converted, tmp_path / "other.gguf", edit)
+    told = run("verify", path)
+    if told.stdout:  # what the checks found
+        assert told.code == 5
+        assert "Traceback" not in told.stdout + told.stderr
+    else:
+        told.sentence()
+    run("revert", path, "-o", tmp_path / "back.gguf", "-q").sentence()
+    assert not (tmp_path / "back.gguf").exists()
+
+
 @pytest.mark.parametrize("end", [0, 3, 20, 60, 5_000, -1])
 def test_truncated(cut: Path, tmp_path: Path, end: int) -> None:
     path = tmp_path / "short.gguf"
@@ -206,6 +273,41 @@ def test_version_one_is_refused(cut: Path, tmp_path: Path) -> None:
     (tmp_path / "old.gguf").write_bytes(bytes(raw))
     with pytest.raises(Unsupported, match="version 1"):
         read_gguf(tmp_path / "old.gguf")
+
+
+@pytest.mark.parametrize("alignment", [0, 4, 12, 2**20 + 8, 2**40])
+def test_an_alignment_that_is_none(tmp_path: Path, alignment: int) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "llama")
+    writer.add_uint64("general.alignment", alignment)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(BadCheckpoint, match="has an alignment of"):
+        read_gguf(tmp_path / "odd.gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("block_count", 10**9, "its tensors allow at most 38"),
+        ("embedding_length", 2**31, "its tensors allow at most 2000"),
+        ("feed_forward_length", 2**31, "its tensors allow at most 2000"),
+        ("vocab_size", 10**9, "its tensors allow at most 2000"),
+        ("attention.head_count", 10**9, "its tensors allow at most 2000"),
+        ("block_count", 38, "parameters, but it holds only"),
+    ],
+)
+def test_metadata_of_a_larger_model(
+    cut: Path, tmp_path: Path, key: str, value: int, reason: str
+) -> None:
+    path = tmp_path / "large.gguf"
+    raw = bytearray(cut.read_bytes())
+    struct.pack_into("<I", raw, read_gguf(cut).places[f"llama.{key}"], value)
+    path.write_bytes(raw)
+    with pytest.raises(BadCheckpoint, match=reason):
+        surgery.analyze(str(path))
+    with pytest.raises(BadCheckpoint, match=reason):
+        surgery.convert(str(path), output=tmp_path / "x.gguf", layer=LAYER, check=False)
 
 
 def test_the_head_is_what_it_was(cut: Path) -> None:

@@ -20,7 +20,7 @@ from hub_server import HubServer
 from shared import Run, Tiny
 
 import surgery
-from surgery.checkpoint import LARGEST_JSON
+from surgery.checkpoint import LARGEST_TEXT
 from surgery.commands import _COMMANDS
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
@@ -75,7 +75,7 @@ def test_a_manifest_that_unpacks_without_end(tiny: Tiny, tmp_path: Path, run: Ru
     surgery.convert(str(tiny()), layer=3, check=False, output=tmp_path / "out")
     path = tmp_path / "out" / "surgery.json"
     manifest = json.loads(path.read_text())
-    packed = base64.b64encode(zlib.compress(bytes(LARGEST_JSON + 1)))
+    packed = base64.b64encode(zlib.compress(bytes(LARGEST_TEXT + 1)))
     manifest["replaced"] = {"README.md": packed.decode()}
     path.write_text(json.dumps(manifest))
     for words in (("inspect",), ("verify",), ("revert", "-o", tmp_path / "base")):
@@ -163,6 +163,46 @@ def test_a_device_is_not_read(name: str, tiny_copy: Tiny, tmp_path: Path, run: R
         for command in ("inspect", "verify", "card"):
             assert name in run(command, folder).sentence()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> list[Path]:
+    """What has no end when it is read: a pipe into which nobody writes, and a device."""
+    os.mkfifo(tmp_path / "pipe")
+    return [tmp_path / "pipe", Path("/dev/zero")]
+
+
+def test_texts_and_recipes_are_read_from_files_alone(
+    endless: list[Path], tiny: Tiny, tmp_path: Path, run: Run
+) -> None:
+    out = ("-o", tmp_path / "out")
+    for path in endless:
+        for words in (
+            ("convert", tiny(), *QUICK, "--select", "activation", "--calibration", path, *out),
+            ("compare", tiny(), tiny(), "--text", path, "-q"),
+            ("finetune", path, *out),
+        ):
+            assert f"{path} cannot be read: it is no file" in run(*words).sentence()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_that_names_what_has_no_end(
+    endless: list[Path], tiny: Tiny, tmp_path: Path, run: Run
+) -> None:
+    output = tmp_path / "out"
+    run("convert", tiny(), *QUICK, "--select", "activation", "-o", output).ok()
+    manifest = json.loads((output / "surgery.json").read_text())
+    for named in (*map(str, endless), "\0"):
+        manifest["settings"]["calibration"] = named
+        (output / "surgery.json").write_text(json.dumps(manifest))
+        assert "cannot be read" in run("reproduce", output).sentence()
+
+
+def test_a_text_without_measure(tmp_path: Path, tiny: Tiny, run: Run) -> None:
+    with open(tmp_path / "long.txt", "wb") as file:
+        file.truncate(2**30)
+    told = run("compare", tiny(), tiny(), "--text", tmp_path / "long.txt", "-q").sentence()
+    assert "larger than 64 MiB" in told
 
 
 @contextmanager

@@ -6,7 +6,9 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +278,17 @@ def test_pickles_of_something_else(state: Any, tiny_copy: Tiny, own_cache: Path)
     assert not own_cache.exists()
 
 
+@pytest.mark.parametrize("size", [(3,), (10**13,), (2**40, 2**20)])
+def test_pickles_that_grow(size: tuple[int, ...], tiny_copy: Tiny, own_cache: Path) -> None:
+    """A few bytes in the file that would be terabytes in memory."""
+    folder = tiny_copy()
+    (folder / SINGLE).unlink()
+    torch.save({"x": torch.zeros(1).expand(size)}, folder / "pytorch_model.bin")
+    with pytest.raises(BadCheckpoint, match="x is larger than what is stored of it"):
+        resolve(str(folder))
+    assert not own_cache.exists()
+
+
 def test_pickles_in_a_format_that_safetensors_lacks(tiny_copy: Tiny, own_cache: Path) -> None:
     folder = tiny_copy()
     (folder / SINGLE).unlink()
@@ -422,6 +435,84 @@ def test_no_network(run: Run, tmp_path: Path) -> None:
         outcome = run(command, "nobody/nothing", *words, "--quiet")
         assert outcome.code == 7
         assert "the Hub cannot be reached" in outcome.sentence()
+
+
+@pytest.fixture
+def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """A Hub that answers everything with the one value in this list."""
+    import huggingface_hub
+
+    answer: list[Any] = [None]
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            raw = json.dumps(answer[0]).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(raw)))
+            self.end_headers()
+            self.wfile.write(raw)
+
+        do_POST = do_HEAD = do_GET
+
+        def log_message(self, *_words: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    monkeypatch.setenv("HF_TOKEN", "hf_notForYou")
+    api = huggingface_hub.HfApi
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api(endpoint=url))
+    yield answer
+    server.shutdown()
+    server.server_close()
+
+
+FILES = [{"rfilename": "config.json"}, {"rfilename": SINGLE}]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *([], {}, None, "x", 1),
+        {"id": "a/b", "sha": None, "siblings": FILES},
+        {"id": "a/b", "sha": 1, "siblings": FILES},
+        {"id": "a/b", "sha": "1" * 40, "siblings": [1]},
+        {"id": "a/b", "sha": "1" * 40, "siblings": [{"rfilename": None}]},
+    ],
+)
+def test_a_hub_that_answers_something_else(
+    answer: Any, mirror: list[Any], tiny: Tiny, run: Run, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run("convert", tiny(), "--layer", 3, "--no-check", "--quiet", "-o", out).ok()
+    mirror[0] = answer
+    for words in (
+        ("analyze", "a/b"),
+        ("convert", "a/b", "-o", tmp_path / "none"),
+        ("convert", "a/b", "--layer", 3, "--remote", "--push-to-hub", "c/d"),
+        ("push", out, "c/d"),
+    ):
+        outcome = run(*words, "--quiet")
+        assert "hf_notForYou" not in outcome.sentence()
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("proxy", ["::", "socks5://127.0.0.1:9", "http://hf_notForYou:x@["])
+def test_a_proxy_that_is_none(
+    proxy: str, tiny: Tiny, run: Run, shell: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run("convert", tiny(), "--layer", 3, "--no-check", "--quiet", "-o", out).ok()
+    for name in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"):
+        monkeypatch.setenv(name, proxy)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv("HF_TOKEN", "hf_notForYou")
+    for words in (("analyze", "a/b"), ("push", out, "c/d")):
+        assert "hf_notForYou" not in shell(*words, "--quiet").sentence()
 
 
 @pytest.mark.usefixtures("no_network")

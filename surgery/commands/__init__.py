@@ -28,6 +28,9 @@ _COMMANDS = {
     "reproduce": "Convert again from a manifest and compare every hash.",
 }
 
+# Characters of an error.
+_LONGEST = 1000
+
 
 class _Lazy(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -47,10 +50,7 @@ class _Lazy(click.Group):
         try:
             return super().invoke(ctx)
         except SurgeryError as error:
-            from surgery.commands.terminal import printable
-
-            sentence = " ".join(str(error).split())  # a stranger's file may hold line breaks
-            click.echo(f"Error: {printable(sentence)}", err=True)
+            _say(str(error))
             sys.exit(error.exit_code)
         except Terminated:
             click.echo("Terminated; nothing was left behind.", err=True)
@@ -62,11 +62,19 @@ class _Lazy(click.Group):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except OSError as error:  # of a disk, where nothing nearer to it had better words
-            from surgery.commands.terminal import printable
-
             where = f" at {error.filename}" if error.filename else ""
-            click.echo(f"Error: {printable(f'{error.strerror or error}{where}')}.", err=True)
+            _say(f"{error.strerror or error}{where}.")
             sys.exit(1)
+
+
+def _say(message: str) -> None:
+    """An error as one sentence; a stranger's file may put line breaks and megabytes into it."""
+    from surgery.commands.terminal import printable
+
+    sentence = " ".join(message.split())
+    if len(sentence) > _LONGEST:  # what to do stands at the end
+        sentence = f"{sentence[: _LONGEST // 2]} … {sentence[-_LONGEST // 2 :]}"
+    click.echo(f"Error: {printable(sentence)}", err=True)
 
 
 def _version(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.commands.options import analysis_options, output_options
+from surgery.commands.options import analysis_options, check_png, output_options
 
 if TYPE_CHECKING:
     from surgery.commands.terminal import Terminal
@@ -66,8 +66,7 @@ def command(
 
     if plot is not None and not plot.absolute().parent.is_dir():
         raise BadSettings(f"The folder of {plot} does not exist.")
-    if plot is not None and plot.suffix.lower() != ".png":
-        raise BadSettings(f"--plot draws a PNG; {plot} should end in .png.")
+    check_png(plot)
     if report is not None:
         from surgery.plan import check_apart
         from surgery.report import check_folder

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.commands.options import output_options, task_options
+from surgery.commands.options import check_png, output_options, task_options
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -88,6 +88,7 @@ def command(
     for path in (output, plot):
         if path is not None and not path.parent.is_dir():
             raise BadSettings(f"The folder {path.parent} does not exist.")
+    check_png(plot)
     terminal = Terminal(quiet=quiet, as_json=as_json)
     result = compare(
         base,

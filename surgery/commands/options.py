@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -109,6 +110,14 @@ def _numbers(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tu
 
 def _words(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (value or "").split(",") if part.strip())
+
+
+def check_png(path: Path | None) -> None:
+    """Raise BadSettings for a --plot that names no PNG."""
+    from surgery.errors import BadSettings
+
+    if path is not None and path.suffix.lower() != ".png":
+        raise BadSettings(f"--plot draws a PNG; {path} should end in .png.")
 
 
 def parse_layers(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> Any:

@@ -48,8 +48,9 @@ class Terminal(Reporter):
 
     def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
         self.silent = quiet or as_json
-        self.out = Console(quiet=self.silent, highlight=False)
-        self.err = Console(stderr=True, quiet=self.silent, highlight=False)
+        # Without emoji: a name may have a word between colons.
+        self.out = Console(quiet=self.silent, highlight=False, emoji=False)
+        self.err = Console(stderr=True, quiet=self.silent, highlight=False, emoji=False)
         if self.silent:
             _no_library_bars()
 
