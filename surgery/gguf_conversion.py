@@ -24,7 +24,15 @@ from surgery.anatomy import Anatomy, effective_gain
 from surgery.checkpoint import Checkpoint, Origin, TensorEntry
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
 from surgery.fold import Edit
-from surgery.gguf_file import GgufFile, read_gguf, shard_path, shards_of, tensor_type, values_of
+from surgery.gguf_file import (
+    F32,
+    GgufFile,
+    read_gguf,
+    shard_path,
+    shards_of,
+    tensor_type,
+    values_of,
+)
 from surgery.manifest import FileRecord, Manifest, manifest_text, parse_manifest
 from surgery.mask import Mask
 from surgery.plan import FilePlan, Plan, check_parent, check_space, edits_by_file
@@ -70,7 +78,7 @@ def gguf_edits(
     """The norm fold in llama.cpp's names and storage.
 
     analysed: the same model, dequantised. Raises Unsupported where the GGUF's gains are not the
-    effective gains of that model, so that zero would not mean zero.
+    effective gains of that model, so that zero would not mean zero, or not stored as float32.
     """
     architecture = str(files[0].values.get("general.architecture"))
     edits: list[Edit] = []
@@ -86,6 +94,7 @@ def gguf_edits(
         edits.append(Edit(name, layer, "gain", mask.dimensions[layer], mask.strength))
         if found.bias:
             bias = gguf_name(architecture, anatomy.depth, found.bias)
+            _values(files, bias)
             edits.append(Edit(bias, layer, "bias", mask.dimensions[layer], mask.strength))
     return tuple(edits)
 
@@ -93,6 +102,12 @@ def gguf_edits(
 def _values(files: Sequence[GgufFile], name: str) -> Any:
     for file in files:
         if name in file.tensors:
+            kind = file.tensors[name].kind
+            if kind != F32:
+                raise Unsupported(
+                    f"{name} of the GGUF is stored as {tensor_type(kind)}, and only norms stored "
+                    "as F32, as llama.cpp's converter does, are edited."
+                )
             return values_of(file, file.tensors[name])
     raise BadCheckpoint(f"The GGUF has no tensor {name}.")
 

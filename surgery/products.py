@@ -28,6 +28,7 @@ from surgery.conversion import behaviour, hashed, verification_batch
 from surgery.errors import BadCheckpoint, BadSettings, Unsupported
 from surgery.fold import Edit
 from surgery.gguf_conversion import (
+    MANIFEST_KEY,
     check_gguf_output,
     gguf_edits,
     gguf_staging,
@@ -70,6 +71,11 @@ def plan_product(
             )
         path = gguf_source(source.origin)
         checkpoint, files = open_gguf(path, source.origin, source.config)
+        if MANIFEST_KEY in files[0].values:
+            raise BadSettings(
+                f"{path} was converted already, and a file holds one {MANIFEST_KEY} only; take "
+                "back that conversion with surgery revert first."
+            )
         named = gguf_edits(files, source, anatomy, mask)
         return replace(plan_gguf(checkpoint, named, target, overwrite=overwrite), form=form)
     axis = 0 if anatomy.input_axis else 1

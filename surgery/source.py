@@ -27,7 +27,7 @@ from surgery.checkpoint import (
     read_json,
 )
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
-from surgery.gguf_file import merge, shards_of
+from surgery.gguf_file import merge, read_gguf, shards_of
 from surgery.staging import sync_tree, temporary_sibling
 
 # Part of the name under which a converted source is kept: raised when the conversion changes.
@@ -320,6 +320,7 @@ def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
 
     def make(temporary: Path) -> None:
         if path.is_file():
+            _require_model(files[0])
             gguf_to_safetensors(files, temporary)
         else:
             _pickles_to_safetensors(path, files, temporary)
@@ -330,6 +331,21 @@ def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
         lambda target: say(f"Reading {path.name} into safetensors (kept in {target})"),
     )
     return open_checkpoint(target, origin)
+
+
+def _require_model(path: Path) -> None:
+    """Raise BadCheckpoint for a GGUF file of something else than a model.
+
+    transformers would make a model of its default size, far too large, from one that says nothing
+    of its own.
+    """
+    if find_spec("gguf") is None:  # without which nothing is read: said where it is
+        return
+    values = read_gguf(path).values
+    if values.get("general.type") == "adapter":
+        raise BadCheckpoint(f"{path} is an adapter; give the base model that it is for.")
+    if f"{values.get('general.architecture')}.block_count" not in values:
+        raise BadCheckpoint(f"{path} does not say how many layers it has, so it holds no model.")
 
 
 def kept(name: str, make: Callable[[Path], None], beginning: Callable[[Path], None]) -> Path:
