@@ -125,6 +125,7 @@ class RemotePlan:
             "tensors_edited": [edit.tensor for edit in self.edits],
             "sent": dict(self.sent),
             "copied": dict(self.copied),
+            "left_out": list(self.checkpoint.left_out),
         }
 
 

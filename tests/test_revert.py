@@ -27,6 +27,7 @@ def base(tiny_copy: Tiny) -> Callable[..., Path]:
         folder = tiny_copy(family, **options)
         (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n", encoding="utf-8")
         (folder / "surgery_layers.png").write_bytes(b"a picture")
+        (folder / "surgery_loss.png").write_bytes(b"another")
         (folder / "extra").mkdir()
         (folder / "extra" / "notes.txt").write_text("kept")
         return folder
