@@ -52,6 +52,8 @@ def rank_one_terms(
         if edit.sink is None:
             raise Unsupported("Only --fold sink is a low-rank update; an adapter needs it.")
         found = anatomy.at(edit.layer)
+        if edit.tensor not in found.weights:
+            raise BadCheckpoint(f"{edit.tensor} does not read the attention input of its layer.")
         weight = checkpoint.read(edit.tensor)
         terms.append(
             RankOne(

@@ -85,7 +85,8 @@ class Checkpoint:
     """A checkpoint, described from its headers.
 
     folder: where its side files lie, and its weight files too unless they are `remote`.
-    modified: when each local file was last changed, in nanoseconds.
+    modified: when each local file was last changed, in nanoseconds. gguf: the .gguf file, or first
+    shard, that all of it was read from.
     """
 
     folder: Path
@@ -98,6 +99,7 @@ class Checkpoint:
     file_sizes: Mapping[str, int] = field(default_factory=dict)
     modified: Mapping[str, int] = field(default_factory=dict)
     remote: Ranges | None = None
+    gguf: Path | None = None
 
     @property
     def model_type(self) -> str:

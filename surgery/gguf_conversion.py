@@ -193,8 +193,11 @@ def write_gguf(
     origin = plan.checkpoint.origin
     added, changed = provenance(files[0], origin)
     targets = targets_of(folder / plan.output.name, len(files))
+    names = {file.path.name: target.name for file, target in zip(files, targets, strict=True)}
     manifest = replace(
         manifest,
+        # Not by the base's name, which is another wherever it was copied to.
+        edits=[replace(record, file=names[record.file]) for record in manifest.edits],
         # A file cannot hold its own hash: these are the base's, to which it must be restorable.
         files=[
             FileRecord(target.name, file.size, file_sha256(file.path))
@@ -305,8 +308,15 @@ def restore_gguf(path: Path, target: Path) -> int:
 
 
 def revert_gguf(path: Path, target: Path) -> int:
-    """Undo a conversion of a GGUF; returns how many files were restored."""
-    _, files = read_embedded(path)
+    """Undo a conversion of a GGUF; returns how many files were restored.
+
+    Raises BadSettings for an adapter, BadCheckpoint like `restore_gguf`.
+    """
+    manifest, files = read_embedded(path)
+    if manifest.settings.get("form", "checkpoint") != "checkpoint":
+        raise BadSettings(
+            f"{path} is an adapter, which changes no byte of its base; there is nothing to undo."
+        )
     with gguf_staging(target, len(files), overwrite=False) as folder:
         return restore_gguf(path, folder / target.name)
 

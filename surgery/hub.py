@@ -39,12 +39,14 @@ def push(
 
     The token comes from the environment (HF_TOKEN) or the cached login, never from an argument.
     Weight files of an earlier upload that this one lacks are removed in the same commit. Raises
-    VerificationFailed when the folder is not what its manifest says, SurgeryError when the Hub
-    refuses.
+    BadSettings for a .gguf file, VerificationFailed when the folder is not what its manifest says,
+    SurgeryError when the Hub refuses.
     """
     import huggingface_hub
 
     path = Path(folder)
+    if path.is_file():
+        raise one_file(repo, path)
     manifest = read_manifest(path)
     check = verify_files(path, manifest.files)
     if not check.passed:
@@ -71,6 +73,14 @@ def push(
         commit=getattr(result, "oid", None),
         private=private,
         pull_request=getattr(result, "pr_url", None),
+    )
+
+
+def one_file(repo: str, path: str | Path = "FILE") -> BadSettings:
+    """Why a .gguf file is not pushed, and how it comes to the Hub all the same."""
+    return BadSettings(
+        "A .gguf file carries its provenance inside and is not pushed with a card; upload it with "
+        f"`hf upload {repo} {path}`."
     )
 
 

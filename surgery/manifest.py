@@ -181,6 +181,8 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in a folder; BadCheckpoint when there is none or it makes no sense."""
     path = folder / MANIFEST
+    if not folder.exists():
+        raise BadCheckpoint(f"{folder} does not exist; give what surgery convert has written.")
     if not path.is_file():
         raise BadCheckpoint(f"{folder} has no {MANIFEST}, so surgery did not write it.")
     return parse_manifest(read_json(path), str(path))

@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -297,14 +298,14 @@ def _pickles(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def gguf_source(origin: Origin) -> Path:
+def gguf_source(checkpoint: Checkpoint) -> Path:
     """The .gguf file (or first shard) behind a source; BadSettings where there is none."""
-    if origin.kind != "gguf":
+    if checkpoint.gguf is None:
         raise BadSettings(
-            f"{origin.typed} is no .gguf file, so no .gguf can be written from it; give a folder "
-            "as --output, and convert that with llama.cpp's convert_hf_to_gguf.py."
+            f"{checkpoint.origin.typed} is no .gguf file, so no .gguf can be written from it; give "
+            "a folder as --output, and convert that with llama.cpp's convert_hf_to_gguf.py."
         )
-    return _demo_file() if origin.typed == DEMO else shards_of(Path(origin.typed).expanduser())[0]
+    return checkpoint.gguf
 
 
 def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
@@ -330,7 +331,8 @@ def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
         make,
         lambda target: say(f"Reading {path.name} into safetensors (kept in {target})"),
     )
-    return open_checkpoint(target, origin)
+    checkpoint = open_checkpoint(target, origin)
+    return replace(checkpoint, gguf=files[0]) if path.is_file() else checkpoint
 
 
 def _require_model(path: Path) -> None:

