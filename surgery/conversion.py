@@ -14,6 +14,7 @@ from surgery.card import front_matter, render_card
 from surgery.checkpoint import Checkpoint, Origin
 from surgery.errors import BadSettings, QualityGate, SurgeryError
 from surgery.fold import Edit, SinkDirection, make_edits
+from surgery.loading import auto_class_name
 from surgery.locate import Emergence
 from surgery.manifest import (
     EditRecord,
@@ -239,6 +240,7 @@ def known_manifest(
         left_out=list(checkpoint.left_out),
         replaced=replaced_files(checkpoint),
         emergence=clean_numbers(emergence.as_dict()) if emergence else None,
+        auto_class=auto_class_name(checkpoint, trust_remote_code=settings.trust_remote_code),
     )
 
 

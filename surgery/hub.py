@@ -45,7 +45,7 @@ def push(
     import huggingface_hub
 
     path = Path(folder)
-    if path.is_file():
+    if path.suffix == ".gguf" and path.is_file():
         raise one_file(repo, path)
     manifest = read_manifest(path)
     check = verify_files(path, manifest.files)

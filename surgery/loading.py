@@ -10,10 +10,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.anatomy import is_multimodal
 from surgery.errors import BadCheckpoint, BadSettings
 
 if TYPE_CHECKING:
     import torch
+
+    from surgery.checkpoint import Checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -137,6 +140,21 @@ def auto_class(config: Any) -> Any:
     if not causal and type(config) in AutoModelForImageTextToText._model_mapping:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
+
+
+def auto_class_name(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> str:
+    """The name of the transformers class that loads a checkpoint.
+
+    Raises BadCheckpoint when transformers does not know its configuration.
+    """
+    config = checkpoint.config
+    conditional = "ForConditionalGeneration" in str(config.get("architectures"))
+    # Importing transformers takes longer than converting a small model of text.
+    if "auto_map" in config or not (is_multimodal(config) or conditional):
+        return "AutoModelForCausalLM"
+    with quiet():
+        loaded = load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
+        return str(auto_class(loaded).__name__)
 
 
 def _made_from(auto: Any, config: Any) -> bool:

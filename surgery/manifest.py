@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint, Origin, read_json
@@ -64,7 +64,7 @@ class Manifest:
     verification are what was measured, None where it was skipped; results are those of `compare`,
     None until `card --results` puts them there. container: what a container other than a folder of
     safetensors needs for being undone. training: how the weights were trained, None for an edit of
-    the base alone.
+    the base alone. auto_class: the class of transformers that loads the model.
     """
 
     tool: str
@@ -88,6 +88,9 @@ class Manifest:
     results: dict[str, Any] | None = None
     container: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
+    auto_class: Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"] = (
+        "AutoModelForCausalLM"
+    )
     schema_version: int = SCHEMA
 
     def rebuilt_edits(self) -> tuple[Edit, ...]:

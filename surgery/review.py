@@ -245,7 +245,7 @@ def refresh_card(folder: str | Path, *, results: str | Path | None = None) -> Pa
     inherited from the base card is kept from the present card.
     """
     path = Path(folder)
-    if path.is_file():
+    if path.suffix == ".gguf" and path.is_file():
         raise BadSettings(
             f"{path} has no card: a .gguf file carries its provenance inside, and surgery inspect "
             "shows it."
