@@ -24,7 +24,7 @@ from surgery.adapter import (
     write_gguf_adapter,
     write_peft,
 )
-from surgery.anatomy import Anatomy, text_config
+from surgery.anatomy import Anatomy
 from surgery.card import front_matter, render_card
 from surgery.checkpoint import Checkpoint
 from surgery.conversion import behaviour, hashed, verification_batch
@@ -336,4 +336,4 @@ def _updates(
     if checkpoint.gguf is not None:
         files = [read_gguf(shard) for shard in shards_of(checkpoint.gguf)]
         return gguf_updates_of(files, terms, anatomy, edits)
-    return gguf_updates(terms, anatomy, text_config(checkpoint.config))
+    return gguf_updates(terms, anatomy, checkpoint.config)

@@ -208,23 +208,46 @@ def test_gguf_adapter_of_a_folder(
     tiny: Tiny, tmp_path: Path, family: str, architecture: str
 ) -> None:
     """The same update as PEFT's, under llama.cpp's names; rows in pairs where it has them so."""
-    base = str(tiny(family))
-    config = json.loads((Path(base) / "config.json").read_text())
+    regrouped = family in ("llama", "mistral", "smollm3")
+    same_update(tiny(family), 3, tmp_path, architecture, regrouped, family in ("phi3", "gpt2"))
+
+
+@pytest.mark.parametrize(("name", "regrouped"), [("gemma3", False), ("mistral3", True)])
+def test_gguf_adapter_of_a_multimodal_folder(tmp_path: Path, name: str, regrouped: bool) -> None:
+    """Its decoder is one part of the model, and llama.cpp's names do not say so."""
+    import more_models
+
+    case = more_models.CASES[name]
+    if not case.exists:
+        pytest.skip("another release of transformers")
+    base = more_models.save(case, tmp_path / "base")
+    same_update(base, case.layer, tmp_path, name, regrouped, False)
+
+
+def same_update(
+    base: Path, layer: int, tmp_path: Path, architecture: str, regrouped: bool, fused: bool
+) -> None:
+    config = json.loads((base / "config.json").read_text())
+    config = config.get("text_config", config)
     head = config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
-    folder = surgery.convert(base, output=tmp_path / "peft", form="adapter", **QUICK).output
-    made = surgery.convert(base, output=tmp_path / "x.gguf", form="gguf-adapter", **QUICK).output
+    quick = {**QUICK, "layer": layer}
+    folder = surgery.convert(str(base), output=tmp_path / "peft", form="adapter", **quick).output
+    made = surgery.convert(
+        str(base), output=tmp_path / "x.gguf", form="gguf-adapter", **quick
+    ).output
     file, stored = read_gguf(made), load_file(folder / WEIGHTS)
     assert file.values["general.architecture"] == architecture
     assert len(file.tensors) == len(stored)
-    fused = family in ("phi3", "gpt2")
     assert {name.split(".")[2] for name in file.tensors} == (
         {"attn_qkv"} if fused else {"attn_q", "attn_k", "attn_v"}
     )
     for name, values in stored.items():
         part = "qkv" if fused else name.split("_proj")[0][-1]
-        found = values_of(file, file.tensors[f"blk.4.attn_{part}.weight.{name[-13:-7].lower()}"])
+        found = values_of(
+            file, file.tensors[f"blk.{layer + 1}.attn_{part}.weight.{name[-13:-7].lower()}"]
+        )
         expected = values.numpy()
-        if family in ("llama", "mistral", "smollm3") and part in "qk" and "lora_B" in name:
+        if regrouped and part in "qk" and "lora_B" in name:
             # llama.cpp rotates neighbours, transformers the halves of a head.
             halves = expected.reshape(-1, 2, head // 2)
             expected = halves.transpose(0, 2, 1).reshape(expected.shape)
