@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.anatomy import is_multimodal
 from surgery.errors import BadCheckpoint, BadSettings
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from surgery.checkpoint import Checkpoint
 
+AutoClass = Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -142,7 +143,7 @@ def auto_class(config: Any) -> Any:
     return AutoModelForCausalLM
 
 
-def auto_class_name(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> str:
+def auto_class_name(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> AutoClass:
     """The name of the transformers class that loads a checkpoint.
 
     Raises BadCheckpoint when transformers does not know its configuration.
@@ -153,8 +154,10 @@ def auto_class_name(checkpoint: Checkpoint, *, trust_remote_code: bool = False) 
     if "auto_map" in config or not (is_multimodal(config) or conditional):
         return "AutoModelForCausalLM"
     with quiet():
-        loaded = load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
-        return str(auto_class(loaded).__name__)
+        found = auto_class(load_config(checkpoint.folder, trust_remote_code=trust_remote_code))
+    if found.__name__ == "AutoModelForCausalLM":
+        return "AutoModelForCausalLM"
+    return "AutoModelForImageTextToText"
 
 
 def _made_from(auto: Any, config: Any) -> bool:

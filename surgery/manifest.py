@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint, Origin, read_json
 from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.fold import Edit, SinkDirection, pack, unpack
+from surgery.loading import AutoClass
 from surgery.mask import check_strength
 from surgery.plan import GENERATED, MANIFEST
 from surgery.undo import unpack_file
@@ -88,9 +89,7 @@ class Manifest:
     results: dict[str, Any] | None = None
     container: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
-    auto_class: Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"] = (
-        "AutoModelForCausalLM"
-    )
+    auto_class: AutoClass = "AutoModelForCausalLM"
     schema_version: int = SCHEMA
 
     def rebuilt_edits(self) -> tuple[Edit, ...]:
