@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.anatomy import Anatomy
+from surgery.anatomy import Anatomy, is_multimodal, text_config
 from surgery.checkpoint import Checkpoint, Origin
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.fold import Edit
@@ -52,6 +52,8 @@ def rank_one_terms(
         if edit.sink is None:
             raise Unsupported("Only --fold sink is a low-rank update; an adapter needs it.")
         found = anatomy.at(edit.layer)
+        if edit.tensor not in found.weights:
+            raise BadCheckpoint(f"{edit.tensor} does not read the attention input of its layer.")
         weight = checkpoint.read(edit.tensor)
         terms.append(
             RankOne(
@@ -170,6 +172,9 @@ _PLAIN = {
     "gpt2": "gpt2",
 }
 _REGROUPED = {"llama": "llama", "mistral": "llama", "smollm3": "smollm3"}
+# The same for multimodal models that hold such a text decoder, by their own model_type; the
+# converter calls Mistral 3 by that name since it knows Ministral 3, and llama before.
+_MULTIMODAL = {"gemma3": "gemma3", "mistral3": "mistral3"}
 
 
 @dataclass(frozen=True)
@@ -188,15 +193,18 @@ def gguf_updates(
 
     Raises Unsupported for architectures whose row order in GGUF is not known here.
     """
-    kind = anatomy.model_type
+    kind, whole = anatomy.model_type, str(config.get("model_type"))
     architecture = _PLAIN.get(kind) or _REGROUPED.get(kind)
+    if architecture is not None and is_multimodal(config):
+        architecture = _MULTIMODAL.get(whole)
     if architecture is None:
         raise Unsupported(
-            f"How llama.cpp orders the rows of {kind} projections is not known here; give the "
+            f"How llama.cpp orders the rows of {whole} projections is not known here; give the "
             ".gguf file itself as MODEL, from which --as gguf-adapter works for any architecture."
         )
-    heads = int(config["num_attention_heads"]) if kind in _REGROUPED else 0
-    key_heads = int(config.get("num_key_value_heads") or heads) if heads else 0
+    text = text_config(config)
+    heads = int(text["num_attention_heads"]) if kind in _REGROUPED else 0
+    key_heads = int(text.get("num_key_value_heads") or heads) if heads else 0
     updates = []
     for term in terms:
         name = gguf_name(architecture, anatomy.depth, term.tensor)
@@ -220,7 +228,9 @@ def gguf_name(architecture: str, depth: int, tensor: str) -> str:
     kinds = [kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture]
     if kinds:
         table = get_tensor_name_map(kinds[0], depth)
-        found = table.get_name(tensor, try_suffixes=(".weight", ".bias"))
+        # In a multimodal model the text decoder is one part of several, spelled in two ways.
+        plain = tensor.removeprefix("language_model.").replace("model.language_model.", "model.", 1)
+        found = table.get_name(plain, try_suffixes=(".weight", ".bias"))
         if found is not None:
             return str(found)
     raise Unsupported(f"llama.cpp's table of names for {architecture!r} has no {tensor}.")

@@ -182,6 +182,7 @@ def _words(manifest: Manifest, figure: bool) -> dict[str, Any]:
         "verification": manifest.verification,
         "results": card_words(manifest.results),
         "figure": figure,
+        "auto_class": manifest.auto_class,
         "load_name": settings.get("push_to_hub") or f"path/to/{name}",
         "command": command_line(settings),
         "undo_words": _undo_words(manifest),

@@ -109,6 +109,11 @@ class Checkpoint:
         return (self.folder, *self.made_from)
 
     @property
+    def gguf(self) -> Path | None:
+        """The .gguf file, or first shard, that all of it was read from."""
+        return next((path for path in self.made_from if path.suffix == ".gguf"), None)
+
+    @property
     def model_type(self) -> str:
         return str(self.config.get("model_type", "unknown"))
 
@@ -371,9 +376,14 @@ def _compare_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEn
 
 def other_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Side files to carry, and files to leave behind because they repeat the weights."""
+    return divided(_walk(folder), weights)
+
+
+def divided(names: Iterable[str], weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The same of names, those of the weight files left aside."""
     kept: list[str] = []
     left: list[str] = []
-    for name in _walk(folder):
+    for name in names:
         if name in weights:
             continue
         if carried(name):

@@ -14,6 +14,7 @@ from surgery.card import front_matter, render_card
 from surgery.checkpoint import Checkpoint, Origin
 from surgery.errors import BadSettings, QualityGate, SurgeryError
 from surgery.fold import Edit, SinkDirection, make_edits
+from surgery.loading import auto_class_name
 from surgery.locate import Emergence
 from surgery.manifest import (
     EditRecord,
@@ -54,7 +55,10 @@ VERIFY_TOKENS = 192
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did: every object of the pipeline. manifest: None after a dry run."""
+    """What `convert` did: every object of the pipeline.
+
+    output: the folder or file, of several shards the first. manifest: None after a dry run.
+    """
 
     output: Path
     plan: Plan
@@ -143,6 +147,7 @@ def convert(
         check_output(checkpoint.sources, target, overwrite=overwrite)
     mask_size(settings.rate, width_of(checkpoint.config))
     check_given_layers(settings, depth_of(checkpoint.config))
+    _check_form(settings, form, target)
     require_editable(checkpoint, settings.fold, settings.strength, form)
     analysed = checkpoint if _needs_no_weights(settings) else dequantised(checkpoint, reporter.say)
     anatomy = examine(analysed, check=settings.check, trust_remote_code=settings.trust_remote_code)
@@ -179,7 +184,7 @@ def convert(
         plan = plan_product(form, analysed, anatomy, mask, edits, target, overwrite=overwrite)
     reporter.show(plan)
     if dry_run:
-        return Conversion(plan.output, plan, mask, emergence, None, None, None)
+        return Conversion(plan.product, plan, mask, emergence, None, None, None)
     quality, quality_record = None, None
     if settings.check:
         quality, leaks = measure_quality(subject, anatomy, mask, edits, settings, reporter, sinks)
@@ -206,7 +211,7 @@ def convert(
         from surgery.products import write_product
 
         verification, manifest = write_product(plan, manifest, subject, anatomy, mask)
-    return Conversion(plan.output, plan, mask, emergence, quality, verification, manifest)
+    return Conversion(plan.product, plan, mask, emergence, quality, verification, manifest)
 
 
 def known_manifest(
@@ -235,6 +240,7 @@ def known_manifest(
         left_out=list(checkpoint.left_out),
         replaced=replaced_files(checkpoint),
         emergence=clean_numbers(emergence.as_dict()) if emergence else None,
+        auto_class=auto_class_name(checkpoint, trust_remote_code=settings.trust_remote_code),
     )
 
 
@@ -281,6 +287,20 @@ def check_given_layers(settings: Settings, depth: int) -> None:
             raise BadSettings(f"--layers names {layer}; the model has layers 0 to {depth - 1}.")
     if settings.layers is not None and not settings.layers:
         raise BadSettings("--layers names no layer.")
+
+
+def _check_form(settings: Settings, form: str, target: Path) -> None:
+    """Raise BadSettings for what does not go with the kind of output."""
+    if form == "adapter" and target.suffix == ".gguf":
+        raise BadSettings(
+            "--as adapter writes a folder for PEFT; give another --output, or --as gguf-adapter "
+            "for llama.cpp."
+        )
+    if form != "checkpoint" and settings.undo_file:
+        raise BadSettings(
+            "--undo-file is for checkpoint folders: a .gguf file is undone from its own metadata, "
+            "and an adapter changes no byte of its base; leave it out."
+        )
 
 
 def _targets(

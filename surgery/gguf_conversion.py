@@ -78,7 +78,7 @@ def gguf_edits(
     """The norm fold in llama.cpp's names and storage.
 
     analysed: the same model, dequantised. Raises Unsupported where the GGUF's gains are not the
-    effective gains of that model, so that zero would not mean zero.
+    effective gains of that model, so that zero would not mean zero, or not stored as float32.
     """
     architecture = str(files[0].values.get("general.architecture"))
     edits: list[Edit] = []
@@ -94,6 +94,7 @@ def gguf_edits(
         edits.append(Edit(name, layer, "gain", mask.dimensions[layer], mask.strength))
         if found.bias:
             bias = gguf_name(architecture, anatomy.depth, found.bias)
+            _values(files, bias)
             edits.append(Edit(bias, layer, "bias", mask.dimensions[layer], mask.strength))
     return tuple(edits)
 
@@ -101,6 +102,12 @@ def gguf_edits(
 def _values(files: Sequence[GgufFile], name: str) -> Any:
     for file in files:
         if name in file.tensors:
+            kind = file.tensors[name].kind
+            if kind != F32:
+                raise Unsupported(
+                    f"{name} of the GGUF is stored as {tensor_type(kind)}, and only norms stored "
+                    "as F32, as llama.cpp's converter does, are edited."
+                )
             return values_of(file, file.tensors[name])
     raise BadCheckpoint(f"The GGUF has no tensor {name}.")
 
@@ -186,8 +193,11 @@ def write_gguf(
     origin = plan.checkpoint.origin
     added, changed = provenance(files[0], origin)
     targets = targets_of(folder / plan.output.name, len(files))
+    names = {file.path.name: target.name for file, target in zip(files, targets, strict=True)}
     manifest = replace(
         manifest,
+        # Not by the base's name, which is another wherever it was copied to.
+        edits=[replace(record, file=names[record.file]) for record in manifest.edits],
         # A file cannot hold its own hash: these are the base's, to which it must be restorable.
         files=[
             FileRecord(target.name, file.size, file_sha256(file.path))
@@ -346,8 +356,15 @@ def restore_gguf(path: Path, target: Path) -> int:
 
 
 def revert_gguf(path: Path, target: Path) -> int:
-    """Undo a conversion of a GGUF; returns how many files were restored."""
-    _, files = read_embedded(path)
+    """Undo a conversion of a GGUF; returns how many files were restored.
+
+    Raises BadSettings for an adapter, BadCheckpoint like `restore_gguf`.
+    """
+    manifest, files = read_embedded(path)
+    if manifest.settings.get("form", "checkpoint") != "checkpoint":
+        raise BadSettings(
+            f"{path} is an adapter, which changes no byte of its base; there is nothing to undo."
+        )
     paths = [file.path for file in files]
     with gguf_staging(paths, target, len(files), overwrite=False) as folder:
         return restore_gguf(path, folder / target.name)

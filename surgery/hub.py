@@ -43,12 +43,14 @@ def push(
 
     The token comes from the environment (HF_TOKEN) or the cached login, never from an argument.
     Weight files of an earlier upload that this one lacks are removed in the same commit. Raises
-    VerificationFailed when the folder is not what its manifest says, SurgeryError when the Hub
-    refuses.
+    BadSettings for a .gguf file, VerificationFailed when the folder is not what its manifest says,
+    SurgeryError when the Hub refuses.
     """
     import huggingface_hub
 
     path = Path(folder)
+    if path.suffix == ".gguf" and path.is_file():
+        raise one_file(repo, path)
     manifest = read_manifest(path)
     check = verify_files(path, manifest.files)
     if not check.passed:
@@ -93,6 +95,14 @@ def visible_files(folder: Path) -> Iterator[str]:
         for name in sorted(files):
             if not name.startswith("."):
                 yield (Path(root) / name).relative_to(folder).as_posix()
+
+
+def one_file(repo: str, path: str | Path = "FILE") -> BadSettings:
+    """Why a .gguf file is not pushed, and how it comes to the Hub all the same."""
+    return BadSettings(
+        "A .gguf file carries its provenance inside and is not pushed with a card; upload it with "
+        f"`hf upload {repo} {path}`."
+    )
 
 
 def repository_name(repo: str) -> str:

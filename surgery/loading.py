@@ -9,14 +9,18 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from surgery.anatomy import is_multimodal
 from surgery.checkpoint import Origin, open_checkpoint, read_json
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, first_line
 
 if TYPE_CHECKING:
     import torch
 
+    from surgery.checkpoint import Checkpoint
+
+AutoClass = Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -176,6 +180,23 @@ def auto_class(config: Any) -> Any:
     if not causal and type(config) in AutoModelForImageTextToText._model_mapping:
         return AutoModelForImageTextToText
     return AutoModelForCausalLM
+
+
+def auto_class_name(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> AutoClass:
+    """The name of the transformers class that loads a checkpoint.
+
+    Raises BadCheckpoint when transformers does not know its configuration.
+    """
+    config = checkpoint.config
+    conditional = "ForConditionalGeneration" in str(config.get("architectures"))
+    # Importing transformers takes longer than converting a small model of text.
+    if "auto_map" in config or not (is_multimodal(config) or conditional):
+        return "AutoModelForCausalLM"
+    with quiet():
+        found = auto_class(load_config(checkpoint.folder, trust_remote_code=trust_remote_code))
+    if found.__name__ == "AutoModelForCausalLM":
+        return "AutoModelForCausalLM"
+    return "AutoModelForImageTextToText"
 
 
 def _made_from(auto: Any, config: Any) -> bool:

@@ -15,6 +15,7 @@ from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint, Origin, read_json
 from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.fold import Edit, SinkDirection, pack, unpack
+from surgery.loading import AutoClass
 from surgery.mask import check_strength
 from surgery.plan import GENERATED, MANIFEST
 from surgery.staging import write_whole
@@ -64,7 +65,7 @@ class Manifest:
     verification are what was measured, None where it was skipped; results are those of `compare`,
     None until `card --results` puts them there. container: what a container other than a folder of
     safetensors needs for being undone. training: how the weights were trained, None for an edit of
-    the base alone.
+    the base alone. auto_class: the class of transformers that loads the model.
     """
 
     tool: str
@@ -88,6 +89,7 @@ class Manifest:
     results: dict[str, Any] | None = None
     container: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
+    auto_class: AutoClass = "AutoModelForCausalLM"
     schema_version: int = SCHEMA
 
     def rebuilt_edits(self) -> tuple[Edit, ...]:
@@ -179,6 +181,8 @@ def write_manifest(manifest: Manifest, folder: Path) -> None:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in a folder; BadCheckpoint when there is none or it makes no sense."""
     path = folder / MANIFEST
+    if not folder.exists():
+        raise BadCheckpoint(f"{folder} does not exist; give what surgery convert has written.")
     if not path.is_file():
         raise BadCheckpoint(f"{folder} has no {MANIFEST}, so surgery did not write it.")
     return parse_manifest(read_json(path), str(path))

@@ -13,6 +13,7 @@ from surgery.anatomy import is_editable
 from surgery.checkpoint import Checkpoint
 from surgery.errors import BadCheckpoint, BadSettings, Unsupported
 from surgery.fold import Edit
+from surgery.gguf_file import shard_path
 
 MANIFEST = "surgery.json"
 CARD = "README.md"
@@ -57,6 +58,13 @@ class Plan:
     undo_size: int = 0
 
     @property
+    def product(self) -> Path:
+        """What is there in the end: the output itself, or the first of its shards."""
+        if not self.form.startswith("gguf"):
+            return self.output
+        return shard_path(self.output, 1, len(self.files))
+
+    @property
     def bytes_written(self) -> int:
         return sum(file.size for file in self.files)
 
@@ -76,7 +84,7 @@ class Plan:
         """The plan as data: what `--dry-run --json` prints."""
         return {
             "source": str(self.checkpoint.folder),
-            "output": str(self.output),
+            "output": str(self.product),
             "bytes_written": self.bytes_written,
             "bytes_needed": self.bytes_needed,
             "bytes_edited": self.bytes_edited,
@@ -125,6 +133,7 @@ class RemotePlan:
             "tensors_edited": [edit.tensor for edit in self.edits],
             "sent": dict(self.sent),
             "copied": dict(self.copied),
+            "left_out": list(self.checkpoint.left_out),
         }
 
 

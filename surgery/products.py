@@ -9,9 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from surgery.adapter import (
     CONFIG,
     WEIGHTS,
+    GgufUpdate,
     RankOne,
     gguf_updates,
     gguf_updates_of,
@@ -21,13 +24,14 @@ from surgery.adapter import (
     write_gguf_adapter,
     write_peft,
 )
-from surgery.anatomy import Anatomy, text_config
+from surgery.anatomy import Anatomy
 from surgery.card import front_matter, render_card
 from surgery.checkpoint import Checkpoint
 from surgery.conversion import behaviour, hashed, verification_batch
 from surgery.errors import BadCheckpoint, BadSettings, Unsupported, first_line
 from surgery.fold import Edit
 from surgery.gguf_conversion import (
+    MANIFEST_KEY,
     check_gguf_output,
     gguf_edits,
     gguf_staging,
@@ -41,7 +45,7 @@ from surgery.gguf_conversion import (
 from surgery.gguf_file import read_gguf, shards_of
 from surgery.manifest import Manifest, manifest_text, write_manifest
 from surgery.mask import Mask
-from surgery.plan import CARD, MANIFEST, FilePlan, Plan, check_output, check_space
+from surgery.plan import CARD, MANIFEST, FilePlan, Plan, check_output, check_space, edits_by_file
 from surgery.settings import Reporter, Settings
 from surgery.source import gguf_source, gguf_to_safetensors
 from surgery.staging import temporary_sibling
@@ -69,10 +73,17 @@ def plan_product(
                 "In a GGUF file only the norms can be edited, its projections are quantised: use "
                 "--fold norm, or --fold sink with --as gguf-adapter."
             )
-        path = gguf_source(source.origin)
+        path = gguf_source(source)
         checkpoint, files = open_gguf(path, source.origin, source.config)
+        if MANIFEST_KEY in files[0].values:
+            raise BadSettings(
+                f"{path} was converted already, and a file holds one {MANIFEST_KEY} only; take "
+                "back that conversion with surgery revert first."
+            )
         named = gguf_edits(files, source, anatomy, mask)
         return replace(plan_gguf(checkpoint, named, target, overwrite=overwrite), form=form)
+    if not edits:
+        raise BadSettings("At --strength 0 there is nothing for an adapter to hold; give another.")
     axis = 0 if anatomy.input_axis else 1
     rows = {edit.tensor: source.tensors[edit.tensor].shape[axis] for edit in edits}
     size = peft_size(rows, anatomy.hidden_size)
@@ -142,8 +153,6 @@ def verify_gguf(path: Path, settings: Settings, reporter: Reporter) -> Verificat
     from surgery.source import resolve
 
     manifest, files = read_embedded(path)
-    if (manifest.container or {}).get("kind") != "gguf":
-        raise BadSettings(f"{path} is an adapter; give `surgery verify` its base with --base.")
     reporter.say("Comparing bytes")
     checks = verify_gguf_bytes(path)
     if all(check.passed for check in checks):
@@ -279,29 +288,58 @@ def _write_gguf_adapter(
     manifest = replace(manifest, container={"kind": "gguf-adapter"})
     with gguf_staging(checkpoint.sources, plan.output, 1, overwrite=plan.overwrite) as folder:
         subject.reporter.say(f"Writing {plan.output.name}")
-        path = folder / plan.output.name
+        path = folder / plan.product.name
         text = manifest_text(manifest)
         write_gguf_adapter(path, architecture, updates, mask.strength, checkpoint.origin, text)
-
-        def test() -> str:
-            written = read_gguf(path)
-            for update in updates:
-                for part, values in (("a", update.a), ("b", update.b)):
-                    tensor = written.tensors[f"{update.tensor}.lora_{part}"]
-                    if written.read(tensor) != values.tobytes():
-                        raise BadCheckpoint(f"{tensor.name} was not written as computed")
-            return f"{len(updates)} rank-one updates, {path.stat().st_size / 1e3:.0f} kB"
-
-        verification = Verification((checked("the written file holds the updates", test),))
+        check = _verify_updates(path, architecture, updates, mask.strength)
+        verification = Verification((check,))
         verification.require()
         subject.reporter.show(verification)
     return verification, replace(manifest, verification=verification.as_dict())
 
 
+def verify_gguf_adapter(
+    path: Path, manifest: Manifest, base: Checkpoint, anatomy: Anatomy
+) -> Check:
+    """An adapter for llama.cpp against the base it was made for.
+
+    Raises BadCheckpoint where the manifest's edits do not fit the base.
+    """
+    edits = manifest.rebuilt_edits()
+    edits_by_file(base, edits)
+    terms = rank_one_terms(base, anatomy, edits)
+    return _verify_updates(path, *_updates(base, anatomy, edits, terms), manifest.strength)
+
+
+def _verify_updates(
+    path: Path, architecture: str, updates: Sequence[GgufUpdate], strength: float
+) -> Check:
+    def test() -> str:
+        written = read_gguf(path)
+        for key, value in (
+            ("general.architecture", architecture),
+            ("adapter.lora.alpha", np.float32(strength)),
+        ):
+            if written.values.get(key) != value:
+                raise BadCheckpoint(f"{path.name} has another {key}")
+        tensors = dict(written.tensors)
+        for update in updates:
+            for part, values in (("a", update.a), ("b", update.b)):
+                name = f"{update.tensor}.lora_{part}"
+                tensor = tensors.pop(name, None)
+                if tensor is None or written.read(tensor) != values.tobytes():
+                    raise BadCheckpoint(f"{name} is not what the base and the manifest give")
+        if tensors:
+            raise BadCheckpoint(f"{path.name} holds the unexpected tensor {next(iter(tensors))}")
+        return f"{len(updates)} rank-one updates, {path.stat().st_size / 1e3:.0f} kB"
+
+    return checked("the adapter equals the update recomputed from the base", test)
+
+
 def _updates(
     checkpoint: Checkpoint, anatomy: Anatomy, edits: Sequence[Edit], terms: Sequence[RankOne]
-) -> tuple[str, Any]:
-    if checkpoint.origin.kind == "gguf":
-        files = [read_gguf(shard) for shard in shards_of(gguf_source(checkpoint.origin))]
+) -> tuple[str, list[GgufUpdate]]:
+    if checkpoint.gguf is not None:
+        files = [read_gguf(shard) for shard in shards_of(checkpoint.gguf)]
         return gguf_updates_of(files, terms, anatomy, edits)
-    return gguf_updates(terms, anatomy, text_config(checkpoint.config))
+    return gguf_updates(terms, anatomy, checkpoint.config)

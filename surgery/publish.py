@@ -18,7 +18,7 @@ from typing import Any
 from surgery.analysis import choose_mask, examine, given_emergence, stream_model
 from surgery.anatomy import Anatomy, depth_of
 from surgery.card import front_matter, render_card
-from surgery.checkpoint import Checkpoint, carried, read_header
+from surgery.checkpoint import Checkpoint, carried, divided, read_header
 from surgery.conversion import check_given_layers, hashed, known_manifest
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, VerificationFailed
 from surgery.fold import Edit, make_edits
@@ -137,7 +137,8 @@ def _decide(checkpoint: Checkpoint, settings: Settings, repo: str, reporter: Rep
     mask = choose_mask(subject, anatomy, targets, settings)
     edits = make_edits(anatomy, mask, settings.fold)
     changed = edits_by_file(checkpoint, edits)
-    info = _listing(checkpoint)
+    info, left_out = _listing(checkpoint)
+    checkpoint = replace(checkpoint, left_out=left_out)
     plan = RemotePlan(
         checkpoint,
         repo,
@@ -183,8 +184,8 @@ class _Remote:
     sha256: str | None
 
 
-def _listing(checkpoint: Checkpoint) -> dict[str, _Remote]:
-    """The base's files that a conversion carries."""
+def _listing(checkpoint: Checkpoint) -> tuple[dict[str, _Remote], tuple[str, ...]]:
+    """The base's files that a conversion carries, and the names of those that it leaves behind."""
     import huggingface_hub
 
     with in_one_sentence(checkpoint.origin.name):
@@ -196,9 +197,10 @@ def _listing(checkpoint: Checkpoint) -> dict[str, _Remote]:
             name = sibling.rfilename
             large = sibling.lfs.sha256 if sibling.lfs is not None else None
             known = name in checkpoint.weight_files
-            if known or (carried(name) and name not in (*GENERATED, ".gitattributes")):
+            if known or (carried(name) and name not in GENERATED):
                 listing[name] = _Remote(int(sibling.size or 0), large)
-    return listing
+        names = sorted(sibling.rfilename for sibling in found.siblings or [])
+    return listing, divided(names, set(checkpoint.weight_files))[1]
 
 
 def _patched(

@@ -9,12 +9,16 @@ from pathlib import Path
 
 from surgery.checkpoint import Ranges
 from surgery.errors import BadCheckpoint
+from surgery.plan import FIGURE, LOSS_FIGURE
 from surgery.source import hub_words
 
 # Requests under way at once; each costs a round trip, not bandwidth.
 _PARALLEL = 8
-# What describes a model, next to its weights.
-SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md"]
+# What describes a model, next to its weights, and what generated files take the place of.
+SMALL_FILES = [
+    *("*.json", "*.model", "*.txt", "*.jinja", "*.py"),
+    *("README.md", FIGURE, LOSS_FIGURE),
+]
 
 
 class HubRanges:

@@ -14,13 +14,14 @@ from surgery.checkpoint import Checkpoint, check_links
 from surgery.conversion import behaviour, convert
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
 from surgery.gguf_conversion import read_embedded
+from surgery.gguf_file import shards_of
 from surgery.manifest import FileRecord, Manifest, read_manifest, write_manifest
 from surgery.mask import Mask
 from surgery.plan import CARD, FIGURE, MANIFEST, edits_by_file
 from surgery.quantised import dequantised
 from surgery.results import results_for
 from surgery.settings import SILENT, Reporter, Settings
-from surgery.source import resolve
+from surgery.source import file_sha256, resolve
 from surgery.staging import temporary_sibling, write_whole
 from surgery.subject import Subject
 from surgery.verification import (
@@ -82,27 +83,29 @@ def verify(
 ) -> Verification:
     """Prove a written checkpoint against its base: bytes, edits, stock load, logits.
 
-    base: the base model, when it is not where the manifest says. The result says which checks
-    held; `require()` raises VerificationFailed. Raises BadCheckpoint when there is no manifest or
-    no base.
+    folder: a converted checkpoint, or a .gguf file, which holds its manifest. base: the base model,
+    when it is not where the manifest says. The result says which checks held; `require()` raises
+    VerificationFailed. Raises BadCheckpoint when there is no manifest or no base.
     """
     path = Path(folder)
-    if path.is_file():
+    manifest = read_embedded(path)[0] if path.is_file() else read_manifest(path)
+    settings = settings_of(manifest, device=device, trust_remote_code=trust_remote_code)
+    adapter = settings.form != "checkpoint"
+    if path.is_file() and not adapter:
         from surgery.products import verify_gguf
 
-        settings = settings_of(read_embedded(path)[0], device=device)
         return verify_gguf(path, settings, reporter)
-    manifest = read_manifest(path)
     checkpoint = base_of(manifest, base, reporter)
-    settings = settings_of(manifest, device=device, trust_remote_code=trust_remote_code)
-    if settings.form == "adapter":
-        from surgery.products import verify_adapter
+    if adapter:
+        from surgery.products import verify_adapter, verify_gguf_adapter
 
+        plain = dequantised(checkpoint, reporter.say)
+        anatomy = examine(plain, trust_remote_code=trust_remote_code)
+        if path.is_file():
+            return Verification((verify_gguf_adapter(path, manifest, plain, anatomy),))
         files = verify_files(path, manifest.files)
         if not files.passed:
             return Verification((files,))
-        plain = dequantised(checkpoint, reporter.say)
-        anatomy = examine(plain, trust_remote_code=trust_remote_code)
         checks = verify_adapter(path, manifest, plain, anatomy, settings, reporter)
         return Verification((files, *checks))
     if manifest.training is not None:
@@ -171,11 +174,13 @@ def reproduce(
 ) -> Reproduction:
     """Convert again from the manifest (base commit, settings, seeds) and compare every hash.
 
-    The repeated checkpoint is written beside `folder` and removed again. Raises BadSettings where
-    the manifest asks to trust code and the caller does not.
+    folder: a converted checkpoint, or a .gguf file, which holds its manifest. The repeated one is
+    written beside it and removed again. Raises BadSettings where the manifest asks to trust code
+    and the caller does not.
     """
     path = Path(folder).resolve()
-    manifest = read_manifest(path)
+    single = path.is_file()
+    manifest = read_embedded(path)[0] if single else read_manifest(path)
     if manifest.training is not None:
         raise BadSettings(
             f"{path} was trained; run its recipe again with surgery finetune instead."
@@ -195,16 +200,29 @@ def reproduce(
     }
     revision = checkpoint.origin.commit if checkpoint.origin.kind == "hub" else None
     with temporary_sibling(path.with_name(f"{path.name}.again")) as temporary:
-        output = temporary / "again"
-        again = convert(
+        name = "again"
+        if single:  # a converted .gguf names its files in its manifest
+            name = manifest.files[0].name if manifest.files else path.name
+        output = temporary / name
+        made = convert(
             typed,
             revision=revision,
             output=output,
             reporter=reporter,
             spoken_as=(str(manifest.settings["model"]), manifest.settings.get("revision"), origin),
             **options,
-        ).manifest
+        )
+        again = made.manifest
         assert again is not None
+        differ = {
+            name: (manifest.versions[name], again.versions.get(name, "absent"))
+            for name in manifest.versions
+            if manifest.versions[name] != again.versions.get(name)
+        }
+        if single:  # whose hashes nothing records: they are those of the files at hand
+            pairs = zip(shards_of(path), shards_of(made.output), strict=True)
+            files = [FileComparison(a.name, file_sha256(a), file_sha256(b)) for a, b in pairs]
+            return Reproduction(tuple(files), differ)
         repeated = {record.name: record.sha256 for record in again.files}
         if manifest.results is not None and CARD in repeated:
             # Results came after the conversion; the card must be the same but for them.
@@ -212,26 +230,28 @@ def reproduce(
             figure = (output / FIGURE).is_file()
             card = render_card(with_results, front_matter(output / CARD), figure=figure)
             repeated[CARD] = hashlib.sha256(card.encode()).hexdigest()
-    files = tuple(
-        FileComparison(record.name, record.sha256, repeated.get(record.name))
-        for record in manifest.files
+    return Reproduction(
+        tuple(
+            FileComparison(record.name, record.sha256, repeated.get(record.name))
+            for record in manifest.files
+        ),
+        differ,
     )
-    differ = {
-        name: (manifest.versions[name], again.versions.get(name, "absent"))
-        for name in manifest.versions
-        if manifest.versions[name] != again.versions.get(name)
-    }
-    return Reproduction(files, differ)
 
 
 def refresh_card(folder: str | Path, *, results: str | Path | None = None) -> Path:
     """Render the card again from the manifest, which is all it needs; returns its path.
 
     results: a results file of `compare`, whose figures for this checkpoint the manifest and the
-    card then hold; BadSettings when it was not measured on it. Metadata inherited from the base
-    card is kept from the present card.
+    card then hold; BadSettings when it was not measured on it, and for a .gguf file. Metadata
+    inherited from the base card is kept from the present card.
     """
     path = Path(folder)
+    if path.suffix == ".gguf" and path.is_file():
+        raise BadSettings(
+            f"{path} has no card: a .gguf file carries its provenance inside, and surgery inspect "
+            "shows it."
+        )
     check_links(path, (MANIFEST, CARD, FIGURE))
     manifest = read_manifest(path)
     if results is not None:

@@ -306,14 +306,14 @@ def _pickles(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def gguf_source(origin: Origin) -> Path:
+def gguf_source(checkpoint: Checkpoint) -> Path:
     """The .gguf file (or first shard) behind a source; BadSettings where there is none."""
-    if origin.kind != "gguf":
+    if checkpoint.gguf is None:
         raise BadSettings(
-            f"{origin.typed} is no .gguf file, so no .gguf can be written from it; give a folder "
-            "as --output, and convert that with llama.cpp's convert_hf_to_gguf.py."
+            f"{checkpoint.origin.typed} is no .gguf file, so no .gguf can be written from it; give "
+            "a folder as --output, and convert that with llama.cpp's convert_hf_to_gguf.py."
         )
-    return _demo_file() if origin.typed == DEMO else shards_of(Path(origin.typed).expanduser())[0]
+    return checkpoint.gguf
 
 
 def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
@@ -329,6 +329,7 @@ def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
 
     def make(temporary: Path) -> None:
         if path.is_file():
+            _require_model(files[0])
             gguf_to_safetensors(files, temporary)
         else:
             _pickles_to_safetensors(path, files, temporary)
@@ -340,6 +341,21 @@ def _materialised(path: Path, origin: Origin, say: Say) -> Checkpoint:
     )
     made_from = tuple(file.absolute() for file in (files if path.is_file() else [path]))
     return replace(open_checkpoint(target, origin), made_from=made_from)
+
+
+def _require_model(path: Path) -> None:
+    """Raise BadCheckpoint for a GGUF file of something else than a model.
+
+    transformers would make a model of its default size, far too large, from one that says nothing
+    of its own.
+    """
+    if find_spec("gguf") is None:  # without which nothing is read: said where it is
+        return
+    values = read_gguf(path).values
+    if values.get("general.type") == "adapter":
+        raise BadCheckpoint(f"{path} is an adapter; give the base model that it is for.")
+    if f"{values.get('general.architecture')}.block_count" not in values:
+        raise BadCheckpoint(f"{path} does not say how many layers it has, so it holds no model.")
 
 
 def kept(name: str, make: Callable[[Path], None], beginning: Callable[[Path], None]) -> Path:

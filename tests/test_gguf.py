@@ -55,6 +55,32 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def remade(
+    source: Path, path: Path, *, added: dict[str, Any] | None = None, gains: Any = np.float32
+) -> Path:
+    """The same file with other metadata, None for what it then lacks, and other norm gains."""
+    reader, added = gguf.GGUFReader(source), added or {}
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name in ("general.architecture", *added):
+            continue
+        inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type=inner)
+    for name, value in added.items():
+        if value is not None:
+            (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
+    for tensor in reader.tensors:
+        if tensor.name.endswith("attn_norm.weight"):
+            writer.add_tensor(tensor.name, tensor.data.astype(gains))
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def test_only_the_gain_and_the_provenance_change(cut: Path, converted: Path) -> None:
     """Read by the gguf package, not by our own code."""
     base, made = gguf.GGUFReader(cut), gguf.GGUFReader(converted)
@@ -99,15 +125,50 @@ def test_verify_and_revert(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.gguf", "back.gguf"]
 
 
+def test_reproduce(cut: Path, converted: Path, run: Callable[..., Any], tmp_path: Path) -> None:
+    """The same bytes again, under another name and from a base elsewhere; or it is said."""
+    renamed, moved = tmp_path / "renamed.gguf", tmp_path / "moved.gguf"
+    shutil.copy(converted, renamed)
+    shutil.copy(cut, moved)
+    told = run("reproduce", renamed, "--base", moved, "--json").ok().json()
+    assert told["same"]
+    assert [file["name"] for file in told["files"]] == ["renamed.gguf"]
+    raw = bytearray(converted.read_bytes())
+    raw[-9] ^= 4
+    renamed.write_bytes(bytes(raw))
+    assert not run("reproduce", renamed, "--json").json()["same"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["moved.gguf", "renamed.gguf"]
+
+
+def test_other_commands(
+    cut: Path, converted: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
+    shown = run("inspect", converted).ok().stdout
+    assert "perplexity, folded" in shown
+    assert "checks passed" not in shown
+    assert "inside" in run("card", converted).sentence()
+    assert f"hf upload me/x {converted}" in run("push", converted, "me/x", "--quiet").sentence()
+    more = ("--layer", LAYER, "--push-to-hub", "me/x")
+    said = run("convert", cut, "-o", tmp_path / "x.gguf", *more).sentence()
+    assert "hf upload me/x FILE" in said
+    assert said == run("convert", cut, "--fold", "sink", "--as", "gguf-adapter", *more).sentence()
+    with pytest.raises(BadSettings, match=r"undone from its own metadata"):
+        surgery.convert(str(cut), output=tmp_path / "x.gguf", undo_file=True, layer=LAYER)
+    for command in (("inspect",), ("verify",), ("revert", "-o", tmp_path / "y"), ("reproduce",)):
+        words = (*command, tmp_path / "nothing.gguf")
+        assert "nothing.gguf does not exist" in run(*words).sentence()
+    assert not list(tmp_path.iterdir())
+
+
 def test_strength_and_a_base_that_names_its_own(cut: Path, tmp_path: Path) -> None:
-    """A second conversion's base is the first's output; undoing goes back one step."""
-    first = surgery.convert(str(cut), output=tmp_path / "a.gguf", layer=LAYER, check=False).output
+    """A count of base models goes up, and back again."""
+    first = remade(cut, tmp_path / "a.gguf", added={"general.base_model.count": 1})
     second = surgery.convert(
         str(first), output=tmp_path / "b.gguf", layers=(1,), strength=0.5, check=False
     ).output
     values = read_gguf(second).values
     assert values["general.base_model.count"] == 2
-    assert values["general.base_model.1.name"] == values["general.base_model.0.name"]
+    assert "general.base_model.1.name" in values
     half, whole = read_gguf(second), read_gguf(first)
     before = values_of(whole, whole.tensors["blk.1.attn_norm.weight"])
     after = values_of(half, half.tensors["blk.1.attn_norm.weight"])
@@ -118,6 +179,34 @@ def test_strength_and_a_base_that_names_its_own(cut: Path, tmp_path: Path) -> No
     assert digest(tmp_path / "c.gguf") == digest(first)
 
 
+def test_a_converted_file_is_not_converted_again(converted: Path, tmp_path: Path) -> None:
+    """Two manifests in one file are no GGUF."""
+    with pytest.raises(BadSettings, match=r"converted already.*surgery revert"):
+        surgery.convert(str(converted), output=tmp_path / "x.gguf", layers=(1,), check=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_gains_of_another_type_are_refused(cut: Path, tmp_path: Path) -> None:
+    source = remade(cut, tmp_path / "half.gguf", gains=np.float16)
+    with pytest.raises(Unsupported, match=r"attn_norm\.weight of .* stored as F16"):
+        surgery.convert(str(source), output=tmp_path / "x.gguf", layer=LAYER, check=False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"general.type": "adapter"}, "is an adapter; give the base"),
+        ({"llama.block_count": None}, "how many layers"),
+    ],
+)
+def test_files_that_hold_no_model(
+    cut: Path, run: Callable[..., Any], tmp_path: Path, changed: dict[str, Any], words: str
+) -> None:
+    """transformers would make a model of its default size, of gigabytes."""
+    path = remade(cut, tmp_path / "none.gguf", added=changed)
+    assert words in run("analyze", path).stderr.splitlines()[-1]
+
+
 def test_shards(cut: Path, converted: Path, tmp_path: Path) -> None:
     """As from one file, whichever shard is named; the manifest is in the first."""
     (tmp_path / "in").mkdir()
@@ -126,8 +215,11 @@ def test_shards(cut: Path, converted: Path, tmp_path: Path) -> None:
     assert len(shards) > 2
     before = {path.name: digest(path) for path in shards}
     output = tmp_path / "new" / "out.gguf"
-    surgery.convert(str(shards[1]), output=output, layer=LAYER, check=False)
+    done = surgery.convert(str(shards[1]), output=output, layer=LAYER, check=False)
     made = sorted(output.parent.iterdir())
+    assert done.output == made[0]
+    assert surgery.reproduce(made[1]).same
+    assert sorted(output.parent.iterdir()) == made
     assert [path.name for path in made] == [name.replace("cut-", "out-") for name in sorted(before)]
     known = gguf.GGUFReader(converted)
     patched = {tensor.name: tensor.data.tobytes() for tensor in known.tensors}

@@ -25,6 +25,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "llama", tmp_path_factory.mktemp("hub") / "model", layer=3, layers=14, shards=6
     )
     (folder / "pytorch_model.bin").write_bytes(b"another copy of the weights")
+    (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n# the base's own\n")
     (folder / "images").mkdir()
     (folder / "images" / "logo.png").write_bytes(b"a picture")
     return folder
@@ -52,15 +53,22 @@ def hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         yield server
 
 
+def fetch(hub: HubServer, repo: str, folder: Path) -> Path:
+    for name, path in hub.files(repo).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(path.read_bytes())
+    return folder
+
+
 def same_as_ordinary(hub: HubServer, run: Run, tmp_path: Path) -> Path:
     """The published files are those of an ordinary conversion; returns that one's folder."""
     out = tmp_path / "out"
     run("convert", "some/model", "--layer", 3, "--no-check", "-o", out, "--quiet").ok()
     served = hub.files("me/masked")
     ordinary = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
-    assert set(served) == set(ordinary) | {".gitattributes"}
+    assert set(served) == set(ordinary)
     for name, path in ordinary.items():
-        if name not in ("README.md", "surgery.json", ".gitattributes"):
+        if name not in ("README.md", "surgery.json"):
             assert served[name].read_bytes() == path.read_bytes(), name
     return out
 
@@ -80,22 +88,40 @@ def test_only_what_changed_travels(hub: HubServer, source: Path, run: Run, tmp_p
     assert not list((tmp_path / "work").iterdir())
     out = same_as_ordinary(hub, run, tmp_path)
     again = tmp_path / "again"
-    for name, path in hub.files("me/masked").items():
-        if name != ".gitattributes":
-            (again / name).parent.mkdir(parents=True, exist_ok=True)
-            (again / name).write_bytes(path.read_bytes())
+    fetch(hub, "me/masked", again)
     published = json.loads((again / "surgery.json").read_text())
     ordinary = json.loads((out / "surgery.json").read_text())
     for key in ("base", "dimensions", "edits", "replaced"):
         assert published[key] == ordinary[key], key
     hashes = [{f["name"]: f["sha256"] for f in m["files"]} for m in (published, ordinary)]
-    for name in set(hashes[1]) - {"README.md", ".gitattributes"}:
+    for name in set(hashes[1]) - {"README.md"}:
         assert hashes[0][name] == hashes[1][name], name
     # What was published proves itself, and goes back.
     run("verify", again).ok()
     run("revert", again, "-o", tmp_path / "back").ok()
-    for path in source.glob("*.safetensors"):
+    for path in (*source.glob("*.safetensors"), source / ".gitattributes"):
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_base_that_is_a_conversion(
+    hub: HubServer, tiny: Callable[..., Path], run: Run, snapshot: Any, tmp_path: Path
+) -> None:
+    """Its card, manifest and figures come back; what is left out is in the plan and on record."""
+    first = tmp_path / "first"
+    quick = ("--fold", "qkv", "--undo-file", "--no-check", "--quiet")
+    run("convert", tiny("llama"), "--layer", 3, *quick, "-o", first).ok()
+    for name in ("surgery_layers.png", "surgery_loss.png"):
+        (first / name).write_bytes(name.encode())
+    hub.add_repo("some/conversion", first)
+    published = ("--push-to-hub", "me/twice", "--remote")
+    done = run("convert", "some/conversion", "--layer", 3, *published).ok()
+    assert "it undoes the base's own conversion" in done.stdout
+    again = fetch(hub, "me/twice", tmp_path / "again")
+    told = run("revert", again, "-o", tmp_path / "back", "--json").ok().json()
+    assert told["not_carried"] == ["undo/surgery_undo.safetensors"]
+    expected = snapshot(first)
+    del expected["undo"], expected["undo/surgery_undo.safetensors"]
+    assert snapshot(tmp_path / "back") == expected
 
 
 def test_located_on_the_way_and_stale_files_removed(
@@ -130,7 +156,8 @@ def test_a_dry_run_sends_nothing(hub: HubServer, source: Path, run: Run, tmp_pat
     assert not list((tmp_path / "work").iterdir())
     plan = run(*ARGS, "--layer", 3, "--json").ok().json()["plan"]
     assert plan == told["plan"]
-    generated = {"README.md", "surgery.json", ".gitattributes"}
+    assert plan["left_out"] == ["pytorch_model.bin"]
+    generated = {"README.md", "surgery.json"}
     assert {*plan["sent"], *plan["copied"]} == set(hub.files("me/masked")) - generated
 
 

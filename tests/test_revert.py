@@ -27,6 +27,7 @@ def base(tiny_copy: Tiny) -> Callable[..., Path]:
         folder = tiny_copy(family, **options)
         (folder / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n", encoding="utf-8")
         (folder / "surgery_layers.png").write_bytes(b"a picture")
+        (folder / "surgery_loss.png").write_bytes(b"another")
         (folder / "extra").mkdir()
         (folder / "extra" / "notes.txt").write_text("kept")
         return folder
@@ -100,6 +101,20 @@ def test_damage_is_found(base: Callable[..., Path], tmp_path: Path, what: str) -
         surgery.revert(out, tmp_path / "back")
     assert not (tmp_path / "back").exists()
     assert not list(tmp_path.glob(".back*"))
+
+
+def test_an_earlier_undo_file(
+    base: Callable[..., Path], run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Two would have one name: the plan says which one is kept where."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    quick = ("--fold", "qkv", "--undo-file", "--no-check", "--layer", 3)
+    plain = run("convert", base(), "-o", first, *quick).ok()
+    assert "own conversion" not in plain.stdout
+    again = run("convert", first, "-o", second, *quick).ok()
+    assert f"{UNDO} (it undoes the base's own conversion: keep the base)" in again.stdout
+    told = run("revert", second, "-o", tmp_path / "back").ok()
+    assert UNDO in told.stderr
 
 
 def test_without_the_base(base: Callable[..., Path], tmp_path: Path) -> None:

@@ -107,6 +107,11 @@ def command(
     from surgery.commands.terminal import Terminal, print_json, safe
     from surgery.conversion import convert
 
+    gguf = options["form"] == "gguf-adapter" or (output is not None and output.suffix == ".gguf")
+    if options["push_to_hub"] and gguf:
+        from surgery.hub import one_file
+
+        raise one_file(options["push_to_hub"])
     terminal = Terminal(quiet=quiet, as_json=as_json)
     if remote:
         if output is not None or not options["push_to_hub"]:

@@ -50,6 +50,7 @@ def command(folder: Path, as_json: bool, quiet: bool) -> None:
             f"{row['perplexity']:.4g} ({row['against_base']:+.1%})",
         )
     checks = (manifest.verification or {}).get("checks", [])
-    passed = sum(check["passed"] for check in checks)
-    table.add_row("verification when written", f"{passed} of {len(checks)} checks passed")
+    if checks:  # a .gguf file's manifest was put into it before
+        passed = sum(check["passed"] for check in checks)
+        table.add_row("verification when written", f"{passed} of {len(checks)} checks passed")
     terminal.table(table)

@@ -18,7 +18,7 @@ from surgery.commands.options import output_options
 def command(
     folder: Path, base: str | None, trust_remote_code: bool, as_json: bool, quiet: bool
 ) -> None:
-    """Convert again from the manifest in DIR and compare every hash."""
+    """Convert again from the manifest in DIR and compare every hash; DIR may be a .gguf file."""
     from rich.table import Table
 
     from surgery.commands.terminal import Terminal, print_json, safe

@@ -12,10 +12,11 @@ from rich.text import Text
 
 from surgery.commands.terminal import printable, safe
 from surgery.locate import Emergence
-from surgery.plan import Plan, RemotePlan
+from surgery.plan import UNDO, Plan, RemotePlan
 from surgery.verification import Verification
 
 if TYPE_CHECKING:
+    from surgery.checkpoint import Checkpoint
     from surgery.fold import Edit
     from surgery.probe import Evidence
     from surgery.sweeping import Sweep
@@ -127,7 +128,7 @@ def comparison(rows: Sequence[Mapping[str, str]]) -> Table:
 def _plan(plan: Plan) -> RenderableType:
     table = Table(title="Plan", title_justify="left", show_header=False)
     patched = [file.name for file in plan.files if file.edits]
-    table.add_row("output", safe(plan.output))
+    table.add_row("output", safe(plan.product))
     table.add_row("edits", _edits(plan.edits))
     if plan.form.endswith("adapter"):
         table.add_row("base", "untouched: the edits become rank-one updates beside it")
@@ -145,10 +146,7 @@ def _plan(plan: Plan) -> RenderableType:
     if plan.generated:
         table.add_row("made anew", safe(", ".join(plan.generated)))
     table.add_row("disk", f"{plan.bytes_needed / 1e6:,.4g} MB needed")
-    if plan.checkpoint.left_out:
-        table.add_row(
-            "left out", safe(", ".join(plan.checkpoint.left_out)) + " (other copies of the weights)"
-        )
+    _left_out(table, plan.checkpoint)
     return table
 
 
@@ -161,7 +159,16 @@ def _remote_plan(plan: RemotePlan) -> RenderableType:
         "patched here and sent", f"{safe(', '.join(plan.sent) or 'none')} ({sent:,.4g} MB)"
     )
     table.add_row("copied on the server", f"{len(plan.copied)} files ({copied:,.4g} MB)")
+    _left_out(table, plan.checkpoint)
     return table
+
+
+def _left_out(table: Table, checkpoint: Checkpoint) -> None:
+    copies = [name for name in checkpoint.left_out if name != UNDO]
+    if copies:
+        table.add_row("left out", f"{safe(', '.join(copies))} (other copies of the weights)")
+    if UNDO in checkpoint.left_out:
+        table.add_row("left out", f"{UNDO} (it undoes the base's own conversion: keep the base)")
 
 
 def _edits(edits: Sequence[Edit]) -> str:

@@ -23,7 +23,10 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Prove the converted checkpoint in DIR against its base: bytes, edits, load and logits."""
+    """Prove the converted checkpoint in DIR against its base: bytes, edits, load and logits.
+
+    DIR may be a converted .gguf, whose base is inside, or a .gguf adapter.
+    """
     from surgery.commands.terminal import Terminal, print_json
     from surgery.review import verify
 
