@@ -405,8 +405,8 @@ def test_a_gguf_file_that_is_none(tmp_path: Path, own_cache: Path, run: Run) -> 
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + bytes(60))
     outcome = run("convert", path, "-o", tmp_path / "out", "--quiet")
-    assert outcome.code == 7
-    assert "cannot read" in outcome.sentence()
+    assert outcome.code == 6
+    assert "is GGUF version 0" in outcome.sentence()
     assert not own_cache.exists()
 
 
