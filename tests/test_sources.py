@@ -384,8 +384,7 @@ def test_what_cannot_be_a_model(name: str, run: Run, tmp_path: Path) -> None:
         words = ("-o", tmp_path / "out") if command == "convert" else ()
         outcome = run(command, *words, "--quiet", "--", name)
         assert outcome.code == 7
-        expected = "Repo id must" if len(name) > 96 else "nor the id of a model on the Hub"
-        assert expected in outcome.sentence()
+        assert "nor the id of a model on the Hub" in outcome.sentence()
         assert "\x1b" not in outcome.stderr
 
 
@@ -405,8 +404,8 @@ def test_a_gguf_file_that_is_none(tmp_path: Path, own_cache: Path, run: Run) -> 
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF" + bytes(60))
     outcome = run("convert", path, "-o", tmp_path / "out", "--quiet")
-    assert outcome.code == 7
-    assert "cannot read" in outcome.sentence()
+    assert outcome.code == 6
+    assert "is GGUF version 0" in outcome.sentence()
     assert not own_cache.exists()
 
 
