@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,13 +127,37 @@ def depth_of(config: Mapping[str, Any]) -> int:
 
 
 def check_depth(checkpoint: Checkpoint) -> None:
-    """Raise BadCheckpoint where config.json describes more layers than there can be."""
+    """Raise BadCheckpoint where config.json describes more layers than there can be.
+
+    Building the model takes time and memory for each of them, an image encoder's and experts too.
+    """
     depth = depth_of(checkpoint.config)
     if depth > len(checkpoint.tensors):
         raise BadCheckpoint(
             f"config.json describes {depth} layers, but the checkpoint has only "
             f"{len(checkpoint.tensors)} tensors."
         )
+    for name, count in _modules(checkpoint.config):
+        if count > max(len(checkpoint.tensors), _MODULES):
+            raise BadCheckpoint(
+                f"config.json says {name} = {count}, but the checkpoint has only "
+                f"{len(checkpoint.tensors)} tensors."
+            )
+
+
+# So many modules cost next to nothing, whether there are tensors for them or not.
+_MODULES = 2000
+
+
+def _modules(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """What a configuration, or a block of it, calls a number of layers or experts."""
+    blocks = [config]
+    for block in blocks:  # which grows meanwhile
+        for name, value in block.items():
+            if isinstance(value, Mapping):
+                blocks.append(value)
+            elif isinstance(value, int) and name.endswith(("layer", "layers", "depth", "experts")):
+                yield name, value
 
 
 def width_of(config: Mapping[str, Any]) -> int:

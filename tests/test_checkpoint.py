@@ -460,6 +460,8 @@ def test_shapes_against_the_configuration(tiny_copy: Tiny, tmp_path: Path) -> No
         {"hidden_size": 65},
         {"num_hidden_layers": 9},
         {"num_hidden_layers": 10**9},
+        {"vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": 10**8}},
+        {"num_local_experts": 10**8},
         {"hidden_size": "x"},
         {"num_hidden_layers": None},
         {"hidden_size": True},
