@@ -12,5 +12,6 @@ with atheris.instrument_imports(include=["surgery", "json", "yaml"]):
     import targets
 
 name = sys.argv.pop(1)
+targets.attempt(name, targets.seeds(name)[0])  # what it imports, outside an input's time
 atheris.Setup(sys.argv, lambda data: targets.attempt(name, data) and None)
 atheris.Fuzz()
