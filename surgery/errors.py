@@ -6,7 +6,7 @@ Every error here becomes one sentence on stderr and the exit code of its class.
 from __future__ import annotations
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What a library said, its first line; what it is where it said nothing."""
     return str(error).strip().partition("\n")[0] or repr(error)
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.anatomy import Anatomy
 from surgery.checkpoint import Checkpoint
-from surgery.errors import BadSettings, SurgeryError
+from surgery.errors import BadSettings, SurgeryError, first_line
 from surgery.mask import Mask
 from surgery.resources import resource_folder
 from surgery.settings import Reporter, Settings
@@ -275,12 +275,7 @@ def _load(manager: Any, name: str) -> Any:
         return manager.load([name])
     except Exception as error:
         # Whatever a task file, the Hub or the network makes of it.
-        raise SurgeryError(f"The task {name} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else repr(error)
+        raise SurgeryError(f"The task {name} cannot be loaded: {first_line(error)}") from error
 
 
 def _rows(loaded: Any) -> list[tuple[str, tuple[str, ...]]]:
@@ -605,7 +600,7 @@ class _Host:
         except Exception as error:
             names = ", ".join(str(task.config.task) for task in tasks[:3])
             raise SurgeryError(
-                f"lm-evaluation-harness failed on {names}: {_first_line(error)}"
+                f"lm-evaluation-harness failed on {names}: {first_line(error)}"
             ) from error
         return result["samples"] if result is not None else None
 

@@ -22,6 +22,8 @@ from safetensors.torch import load_file
 from shared import Run, Tiny
 
 import surgery
+from surgery.errors import BadSettings
+from surgery.plan import check_apart
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 from test_merging import a_recipe
@@ -83,6 +85,15 @@ def test_the_source_is_not_the_output(
     sentence = run("convert", source, *words, "-o", output, "--overwrite").sentence()
     assert "the source" in sentence
     assert snapshot(around) == before
+
+
+def test_a_hard_link_of_the_source_is_the_source(tmp_path: Path) -> None:
+    (tmp_path / "source.gguf").touch()
+    os.link(tmp_path / "source.gguf", tmp_path / "linked.gguf")
+    (tmp_path / "other.gguf").touch()
+    check_apart([tmp_path / "source.gguf"], tmp_path / "other.gguf")
+    with pytest.raises(BadSettings, match="the source itself"):
+        check_apart([tmp_path / "source.gguf"], tmp_path / "linked.gguf")
 
 
 def test_a_training_spares_its_base(
