@@ -392,7 +392,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, folder / "edited"
 
 
-TASKS = {"limit": 8, "max_new_tokens": 12, "seeds": (0, 1), "batch_size": "4"}
+TASKS = {"limit": 4, "max_new_tokens": 12, "seeds": (0, 1), "batch_size": "4"}
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +414,7 @@ def test_tasks_run_on_every_model(tasked: comparison.Comparison) -> None:
     piqa, gsm8k = rows["wemask_piqa", "acc"], rows["wemask_gsm8k", "exact_match"]
     for row in rows.values():
         assert list(row.variants) == ["base", "reference", "edited"]
-        assert (row.n, row.available) == (8, 300)
+        assert (row.n, row.available) == (4, 300)
         assert row.variants["base"].difference is None
         for name in ("reference", "edited"):
             found = row.variants[name]
@@ -448,7 +448,7 @@ def test_scores_are_the_harness_s_own(
         "--model_args", f"pretrained={cut[1]},dtype=float32,enable_thinking=False",
         "--include_path", resource_folder("recipes") / "tasks",
         "--metadata", json.dumps({"data": str(SHARED)}),
-        "--tasks", "wemask_piqa", "--limit", 8, "--batch_size", 4, "--device", "cpu",
+        "--tasks", "wemask_piqa", "--limit", 4, "--batch_size", 4, "--device", "cpu",
         "--seed", "0,0,0,0", "--apply_chat_template", "--output_path", tmp_path,
     ).ok()  # fmt: skip
     written = json.loads(next(tmp_path.rglob("results_*.json")).read_text(encoding="utf-8"))
@@ -480,7 +480,7 @@ def test_sampled_scores_are_the_harness_s_own(
     found = simple_evaluate(
         model="hf",
         model_args={"pretrained": str(cut[1]), "dtype": "float32", "enable_thinking": False},
-        tasks=["wemask_gsm8k"], limit=8, batch_size=4, device="cpu", apply_chat_template=True,
+        tasks=["wemask_gsm8k"], limit=4, batch_size=4, device="cpu", apply_chat_template=True,
         task_manager=manager, gen_kwargs={"max_gen_toks": 12}, random_seed=1,
         numpy_random_seed=1, torch_random_seed=1, bootstrap_iters=0,
     )  # fmt: skip
@@ -520,7 +520,7 @@ def test_two_processes_score_as_one(
     python(
         "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1,
         "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "surgery", "compare", *cut,
-        "--no-text", "--tasks", "wemask_piqa", "--data", SHARED, "--limit", 8,
+        "--no-text", "--tasks", "wemask_piqa", "--data", SHARED, "--limit", 4,
         "--batch-size", 4, "--device", "cpu", "-q", "-o", tmp_path / "found.json",
     ).ok()  # fmt: skip
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))

@@ -84,13 +84,8 @@ def prototype_order(scores: np.ndarray, size: int) -> tuple[int, ...]:
 
 
 @needs_wikitext
-@pytest.mark.parametrize(
-    ("scope", "select"),
-    [
-        pytest.param(scope, select, marks=[pytest.mark.full] if select == "activation" else [])
-        for scope, select in TABLE
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("scope", "select"), TABLE)
 def test_figures_of_the_method(subject: Subject, scope: str, select: str) -> None:
     checkpoint, model = subject.checkpoint, subject.model
     anatomy = describe(checkpoint)
@@ -180,13 +175,8 @@ def tensor_bytes(folder: Path) -> dict[str, bytes]:
     return {name: checkpoint.read(name).tobytes() for name in checkpoint.tensors}
 
 
-@needs_wikitext
-@pytest.mark.parametrize("scope", ["first", "all"])
-@pytest.mark.parametrize("fold", ["norm", "qkv", "sink"])
-def test_six_conversions(subject: Subject, tmp_path: Path, fold: str, scope: str) -> None:
-    """Each fold and scope through the public function, loaded by stock transformers."""
-    ruinous = scope == "all" and fold != "sink"
-    options = {
+def options_of(fold: str, scope: str) -> dict:
+    return {
         "rate": 0.1,
         "scope": scope,
         "fold": fold,
@@ -195,14 +185,33 @@ def test_six_conversions(subject: Subject, tmp_path: Path, fold: str, scope: str
         "check_tokens": 512,
         "calibration_tokens": 4096 if fold == "sink" else 512,
     }
+
+
+@needs_wikitext
+def test_a_ruinous_conversion_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(surgery.SurgeryError, match=r"--fold sink measures .*--force") as caught:
+        surgery.convert("demo", output=tmp_path / "out", **options_of("norm", "all"))
+    assert caught.value.exit_code == 4
+    assert list(tmp_path.iterdir()) == []
+
+
+# The default and the paper's method; the others take minutes of their own.
+SIX = [
+    pytest.param(fold, scope, marks=[] if often else [pytest.mark.full])
+    for fold, scope, often in [
+        ("norm", "first", True), ("norm", "all", False), ("qkv", "first", False),
+        ("qkv", "all", False), ("sink", "first", False), ("sink", "all", True),
+    ]
+]  # fmt: skip
+
+
+@needs_wikitext
+@pytest.mark.parametrize(("fold", "scope"), SIX)
+def test_six_conversions(subject: Subject, tmp_path: Path, fold: str, scope: str) -> None:
+    """Each fold and scope through the public function, loaded by stock transformers."""
+    ruinous = scope == "all" and fold != "sink"
     output = tmp_path / "out"
-    if ruinous and fold == "norm":
-        with pytest.raises(surgery.SurgeryError, match=r"--fold sink measures .*--force") as caught:
-            surgery.convert("demo", output=output, **options)
-        assert caught.value.exit_code == 4
-        assert list(tmp_path.iterdir()) == []
-    options["force"] = ruinous
-    result = surgery.convert("demo", output=output, **options)
+    result = surgery.convert("demo", output=output, force=ruinous, **options_of(fold, scope))
     assert result.verification is not None
     assert result.verification.passed
     details = [check.detail for check in result.verification.checks]
@@ -229,7 +238,8 @@ def test_six_conversions(subject: Subject, tmp_path: Path, fold: str, scope: str
 
 def test_the_command_and_the_older_transformers(subject: Subject, tmp_path: Path):
     """`surgery convert demo` as typed; the result in transformers 4.57 gives the same tokens."""
-    done = run_script("convert", "demo", "--rate", "0.1", "--scope", "first", cwd=tmp_path)
+    words = ["convert", "demo", "--rate", "0.1", "--scope", "first", "--check-tokens", "1024"]
+    done = run_script(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Massive Emergence Layer 11" in done.stdout
     (output,) = tmp_path.glob("SmolLM2-135M-Instruct-wemask-*")
