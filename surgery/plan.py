@@ -89,18 +89,7 @@ class Plan:
             "bytes_needed": self.bytes_needed,
             "bytes_edited": self.bytes_edited,
             "tensors_total": len(self.checkpoint.tensors),
-            "tensors_edited": [
-                {
-                    "tensor": edit.tensor,
-                    "layer": edit.layer,
-                    "kind": edit.kind,
-                    "dtype": self.checkpoint.tensors[edit.tensor].dtype,
-                    "shape": list(self.checkpoint.tensors[edit.tensor].shape),
-                    "file": self.checkpoint.tensors[edit.tensor].file,
-                    "dimensions": len(edit.dimensions),
-                }
-                for edit in self.edits
-            ],
+            "tensors_edited": _edit_records(self.checkpoint, self.edits),
             "files": [
                 {"name": file.name, "bytes": file.size, "action": file.action}
                 for file in self.files
@@ -130,11 +119,27 @@ class RemotePlan:
             "source": f"{self.checkpoint.origin.name}@{self.checkpoint.origin.commit}",
             "repository": self.repository,
             "tensors_total": len(self.checkpoint.tensors),
-            "tensors_edited": [edit.tensor for edit in self.edits],
+            "tensors_edited": _edit_records(self.checkpoint, self.edits),
             "sent": dict(self.sent),
             "copied": dict(self.copied),
             "left_out": list(self.checkpoint.left_out),
         }
+
+
+def _edit_records(checkpoint: Checkpoint, edits: tuple[Edit, ...]) -> list[dict[str, Any]]:
+    """Which tensors change, and what they are, as data."""
+    return [
+        {
+            "tensor": edit.tensor,
+            "layer": edit.layer,
+            "kind": edit.kind,
+            "dtype": checkpoint.tensors[edit.tensor].dtype,
+            "shape": list(checkpoint.tensors[edit.tensor].shape),
+            "file": checkpoint.tensors[edit.tensor].file,
+            "dimensions": len(edit.dimensions),
+        }
+        for edit in edits
+    ]
 
 
 def make_plan(

@@ -152,6 +152,26 @@ def test_a_dry_run_sends_nothing(hub: HubServer, source: Path, run: Run, tmp_pat
     assert told["bytes_sent"] == 0
     assert told["bytes_read"] < (source / shard_of(source)).stat().st_size
     assert list(told["plan"]["sent"]) == [shard_of(source)]
+    base = hub.repo("some/model").commits[-1].sha
+    assert told["plan"] == {
+        "source": f"some/model@{base}",
+        "repository": "me/masked",
+        "tensors_total": len(open_checkpoint(source, Origin("directory", "base", "base")).tensors),
+        "tensors_edited": [
+            {
+                "tensor": "model.layers.4.input_layernorm.weight",
+                "layer": 4,
+                "kind": "gain",
+                "dtype": "F32",
+                "shape": [64],
+                "file": shard_of(source),
+                "dimensions": 6,
+            }
+        ],
+        "sent": told["plan"]["sent"],
+        "copied": told["plan"]["copied"],
+        "left_out": ["pytorch_model.bin"],
+    }
     assert not any(request.method == "POST" for request in hub.requests)
     assert not list((tmp_path / "work").iterdir())
     plan = run(*ARGS, "--layer", 3, "--json").ok().json()["plan"]
