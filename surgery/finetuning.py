@@ -30,7 +30,7 @@ from surgery.lora import (
     write_adapter,
     write_merged,
 )
-from surgery.manifest import clean_numbers, read_manifest
+from surgery.manifest import clean_numbers
 from surgery.mask import Mask, attention_targets
 from surgery.names import StoredNames
 from surgery.plan import CARD, LOSS_FIGURE, Plan, check_apart
@@ -617,21 +617,20 @@ def _push(case: _Case, places: Mapping[str, Path | None], reporter: Reporter) ->
     repo = str(case.recipe.treatment.push)
     model, adapter, base = places[MODEL], places[ADAPTER], places[BASE]
     if model is not None:
-        reporter.say(f"Uploading to {repo}")
         if (model / "surgery.json").is_file():
-            read_manifest(model)
-            push(model, repo)
+            push(model, repo, reporter=reporter)
         else:
+            reporter.say(f"Uploading {model} to {repo}")
             _upload(huggingface_hub.HfApi(), model, repo)
     if adapter is not None:
         named = repo if model is None else f"{repo}-adapter"
         if base is not None:
-            pushed = push(base, f"{named}-base")
+            pushed = push(base, f"{named}-base", reporter=reporter)
             name_base(adapter, f"{named}-base", pushed.commit)
             card = (adapter / CARD).read_text(encoding="utf-8")
             card = card.replace(f"`{base}`", f"`{named}-base` at revision {pushed.commit}")
             (adapter / CARD).write_text(card, encoding="utf-8")
-        reporter.say(f"Uploading to {named}")
+        reporter.say(f"Uploading {adapter} to {named}")
         _upload(huggingface_hub.HfApi(), adapter, named)
 
 

@@ -14,6 +14,7 @@ from surgery.checkpoint import check_links
 from surgery.errors import BadSettings, SurgeryError, VerificationFailed
 from surgery.manifest import read_manifest
 from surgery.plan import MANIFEST
+from surgery.settings import SILENT, Reporter
 from surgery.source import hub_words
 from surgery.verification import verify_files
 
@@ -38,6 +39,7 @@ def push(
     revision: str | None = None,
     create_pr: bool = False,
     message: str | None = None,
+    reporter: Reporter = SILENT,
 ) -> Pushed:
     """Upload a converted checkpoint; the repository is created private unless `public`.
 
@@ -63,6 +65,7 @@ def push(
             f"{path} will not be pushed: {strange} is not in its manifest; take it away, or upload "
             "it yourself afterwards."
         )
+    reporter.say(f"Uploading {path} to {repo}")
     api = huggingface_hub.HfApi()
     with in_one_sentence(repo):
         created = api.create_repo(repository_name(repo), private=not public, exist_ok=True)

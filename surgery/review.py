@@ -85,7 +85,8 @@ def verify(
 
     folder: a converted checkpoint, or a .gguf file, which holds its manifest. base: the base model,
     when it is not where the manifest says. The result says which checks held; `require()` raises
-    VerificationFailed. Raises BadCheckpoint when there is no manifest or no base.
+    VerificationFailed. Raises BadCheckpoint when there is no manifest or no base, BadSettings for a
+    base of a .gguf file, which holds its own.
     """
     path = Path(folder)
     manifest = read_embedded(path)[0] if path.is_file() else read_manifest(path)
@@ -94,6 +95,8 @@ def verify(
     if path.is_file() and not adapter:
         from surgery.products import verify_gguf
 
+        if base is not None:
+            raise BadSettings(f"{path.name} holds what restores its base; leave out --base {base}.")
         return verify_gguf(path, settings, reporter)
     checkpoint = base_of(manifest, base, reporter)
     if adapter:

@@ -120,6 +120,7 @@ def test_verify_and_revert(
     told = run("verify", alone, "--json").ok().json()
     assert told["passed"]
     assert any("bit-equal" in check["detail"] for check in told["checks"])
+    assert "leave out --base" in run("verify", alone, "--base", cut).sentence()
     run("revert", alone, "-o", tmp_path / "back.gguf").ok()
     assert digest(tmp_path / "back.gguf") == digest(cut)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.gguf", "back.gguf"]
@@ -147,7 +148,7 @@ def test_other_commands(
     assert "perplexity, folded" in shown
     assert "checks passed" not in shown
     assert "inside" in run("card", converted).sentence()
-    assert f"hf upload me/x {converted}" in run("push", converted, "me/x", "--quiet").sentence()
+    assert f"hf upload me/x {converted}" in run("push", converted, "me/x").sentence()
     more = ("--layer", LAYER, "--push-to-hub", "me/x")
     said = run("convert", cut, "-o", tmp_path / "x.gguf", *more).sentence()
     assert "hf upload me/x FILE" in said

@@ -131,8 +131,7 @@ def command(
     if result.manifest is not None and options["push_to_hub"]:
         from surgery.hub import push
 
-        terminal.say(f"Uploading to {options['push_to_hub']}")
-        pushed = push(result.output, options["push_to_hub"])
+        pushed = push(result.output, options["push_to_hub"], reporter=terminal)
     if as_json:
         print_json(
             {

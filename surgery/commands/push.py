@@ -35,9 +35,14 @@ def command(
     from surgery.hub import push
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
-    terminal.say(f"Uploading {folder} to {repo}")
     pushed = push(
-        folder, repo, public=public, revision=revision, create_pr=create_pr, message=message
+        folder,
+        repo,
+        public=public,
+        revision=revision,
+        create_pr=create_pr,
+        message=message,
+        reporter=terminal,
     )
     if as_json:
         print_json(vars(pushed))
