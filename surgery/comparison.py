@@ -28,6 +28,7 @@ from surgery.mask import Mask, target_layers
 from surgery.plan import MANIFEST
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import file_sha256, resolve
+from surgery.staging import write_whole
 from surgery.subject import Subject
 from surgery.tasks import load_tasks, run_tasks, task_settings
 
@@ -126,7 +127,10 @@ class Comparison:
         """Write the results file, which `surgery card DIR --results FILE` reads."""
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        if path.exists() and not path.is_file():  # /dev/null, say, must not be replaced
+            path.write_text(f"{text}\n", encoding="utf-8")
+        else:
+            write_whole(path.resolve(), f"{text}\n".encode())
 
 
 # --------------------------------------------------------------------------------------------

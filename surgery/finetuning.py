@@ -37,7 +37,7 @@ from surgery.plan import CARD, LOSS_FIGURE, Plan, check_apart
 from surgery.recipe import BLOCK, Recipe, parse_recipe, read_recipe
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
-from surgery.staging import held, put, remove_stale, replacing, sync_tree
+from surgery.staging import held, put, remove_stale, replacing, sync_tree, write_whole
 from surgery.subject import Subject
 from surgery.trained import add_training, agreement, stands_alone, verify_closed, verify_masked
 from surgery.training import Trained, disk_failed, train, training_versions
@@ -274,10 +274,7 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """A file that is whole or the earlier one, wherever the process ends."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole(path, f"{json.dumps(value, indent=1)}\n".encode())
 
 
 # What may change between a training and its resumption: none of it touches the weights.
@@ -629,7 +626,7 @@ def _push(case: _Case, places: Mapping[str, Path | None], reporter: Reporter) ->
             name_base(adapter, f"{named}-base", pushed.commit)
             card = (adapter / CARD).read_text(encoding="utf-8")
             card = card.replace(f"`{base}`", f"`{named}-base` at revision {pushed.commit}")
-            (adapter / CARD).write_text(card, encoding="utf-8")
+            write_whole(adapter / CARD, card.encode())
         reporter.say(f"Uploading {adapter} to {named}")
         _upload(huggingface_hub.HfApi(), adapter, named)
 

@@ -6,7 +6,6 @@ A is [rank, in], B [out, rank]; the update of a linear W, [out, in], is scale ·
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from surgery.checkpoint import Checkpoint, read_json
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.fold import SinkDirection
 from surgery.mask import Mask
+from surgery.staging import write_whole
 
 ADAPTER = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -252,6 +252,4 @@ def name_base(folder: Path, base: str, revision: str | None) -> None:
     config |= {"base_model_name_or_path": base, "revision": revision}
     if isinstance(config.get("target_modules"), list):  # a set to PEFT, in another order each time
         config["target_modules"].sort()
-    part = folder / f"{CONFIG}.part"
-    part.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-    os.replace(part, folder / CONFIG)
+    write_whole(folder / CONFIG, f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())

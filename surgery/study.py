@@ -123,7 +123,7 @@ class SharedStudy:
         else:
             self._engine = sqlalchemy.create_engine(self._url, **arguments)
         try:
-            with self._locked():
+            with self.locked():
                 self._storage = optuna.storages.RDBStorage(
                     self._url,
                     engine_kwargs=arguments,
@@ -148,7 +148,7 @@ class SharedStudy:
 
     def require(self, facts: Mapping[str, Any], where: str) -> None:
         """Record what the study is about; BadSettings where it was about something else."""
-        with self._locked():
+        with self.locked():
             known = self._study.user_attrs
             for key, value in facts.items():
                 if key in known and known[key] != value:
@@ -163,7 +163,7 @@ class SharedStudy:
 
     def agree(self, key: str, value: Any) -> Any:
         """The first worker's value for a fact, which is `value` where there was none."""
-        with self._locked():
+        with self.locked():
             known = self._study.user_attrs
             if key not in known:
                 self._study.set_user_attr(key, value)
@@ -183,7 +183,7 @@ class SharedStudy:
 
         points: the parameters of each; empty ones are for the sampler to fill.
         """
-        with self._locked():
+        with self.locked():
             missing = set(range(len(points))) - {trial.user_attrs["index"] for trial in self._all()}
             for index in sorted(missing):
                 self._add(index, points[index], self._space.distributions())
@@ -197,7 +197,7 @@ class SharedStudy:
         """
         import optuna
 
-        with self._locked():
+        with self.locked():
             self._repair()
             waiting = self._all(optuna.trial.TrialState.WAITING)
             if not waiting:
@@ -261,7 +261,7 @@ class SharedStudy:
         """How far the study is. Points of dead workers count as waiting."""
         import optuna
 
-        with self._locked():
+        with self.locked():
             self._repair()
             trials = self._all()
         states = Counter(trial.state for trial in trials)
@@ -294,7 +294,7 @@ class SharedStudy:
     ) -> None:
         import optuna
 
-        with self._locked():
+        with self.locked():
             if self._storage.get_trial(claim.trial).state != optuna.trial.TrialState.RUNNING:
                 return  # it counted as dead, and another worker has the point
             for key, value in attributes.items():
@@ -355,7 +355,8 @@ class SharedStudy:
         return self._study.get_trials(deepcopy=False, states=states or None)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
+        """Alone among the processes that work on this study."""
         if self._url.startswith("sqlite"):
             with open(f"{self._url.removeprefix('sqlite:///')}.lock", "w") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)

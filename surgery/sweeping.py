@@ -34,6 +34,7 @@ from surgery.mask import attention_targets, mask_size
 from surgery.plan import check_apart
 from surgery.settings import SILENT, Reporter, Settings
 from surgery.source import resolve
+from surgery.staging import write_whole
 from surgery.study import Claim, Progress, SharedStudy, Space
 from surgery.subject import Subject
 from surgery.tasks import TaskScorer, TaskSettings, task_settings
@@ -296,11 +297,11 @@ def sweep(
             else:
                 _employ(plan, shared, url, jobs, _counting(progress, advance))
     found = _result(plan, shared, checkpoint, folder, facts)
-    _write(found)
+    _write(found, shared)
     if convert_best is not None and found.best is not None:
         best = asdict(found.best.point.settings(_for_convert(common)))
         found = replace(found, converted=convert(output=convert_best, reporter=reporter, **best))
-        _write(found)
+        _write(found, shared)
     return found
 
 
@@ -660,9 +661,10 @@ def _result(
     )
 
 
-def _write(found: Sweep) -> None:
+def _write(found: Sweep, shared: SharedStudy) -> None:
     text = json.dumps(clean_numbers(found.as_dict()), indent=2) + "\n"
-    (found.output / RESULTS).write_text(text, encoding="utf-8")
+    with shared.locked():  # other processes of this sweep may end now too
+        write_whole(found.output / RESULTS, text.encode())
     if found.best is not None:
         from surgery.figures import plot_sweep
 

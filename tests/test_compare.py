@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -167,6 +168,36 @@ def test_attention_on_the_first_token_is_a_probability(compared: comparison.Comp
         assert 0 < measure.sink_attention < 1
         assert measure.sink_attention_by_layer is not None
         assert all(share is not None for share in measure.sink_attention_by_layer)
+
+
+def test_an_earlier_results_file_stays_until_the_new_one_is_whole(
+    compared: comparison.Comparison, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere, link = tmp_path / "elsewhere.json", tmp_path / "results.json"
+    elsewhere.write_text("earlier")
+    link.symlink_to(elsewhere)
+
+    def killed(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compared.write(link)
+    assert elsewhere.read_text() == "earlier"
+    compared.write(link)
+    assert link.is_symlink()
+    assert json.loads(elsewhere.read_text()) == json.loads(json.dumps(compared.as_dict()))
+    assert {path.name for path in tmp_path.iterdir()} == {elsewhere.name, link.name}
+    os.mkfifo(tmp_path / "pipe")  # as /dev/stdout may be one: it is written to, not replaced
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        monkeypatch.setattr(comparison.Comparison, "as_dict", lambda self: {"short": 1})
+        compared.write(tmp_path / "pipe")
+        assert json.loads(os.read(reader, 1000)) == {"short": 1}
+    finally:
+        os.close(reader)
+    assert not (tmp_path / "pipe").is_file()
 
 
 def test_an_identical_checkpoint_shows_no_difference(tiny: Tiny, tiny_copy: Tiny) -> None:
