@@ -190,7 +190,9 @@ def options_of(fold: str, scope: str) -> dict:
 @needs_wikitext
 def test_a_ruinous_conversion_is_refused(tmp_path: Path) -> None:
     with pytest.raises(surgery.SurgeryError, match=r"--fold sink measures .*--force") as caught:
-        surgery.convert("demo", output=tmp_path / "out", **options_of("norm", "all"))
+        surgery.convert(
+            "demo", output=tmp_path / "out", **{**options_of("norm", "all"), "check_tokens": 256}
+        )
     assert caught.value.exit_code == 4
     assert list(tmp_path.iterdir()) == []
 

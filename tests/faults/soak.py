@@ -314,6 +314,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one scenario")
     arguments = parser.parse_args()
+    # A shell ignores SIGINT in what it runs in the background, and the commands would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     chance = random.Random(arguments.seed)
     end = time.monotonic() + 60 * arguments.minutes
     counts: Counter[tuple[str, str]] = Counter()
