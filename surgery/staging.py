@@ -168,14 +168,18 @@ def put(folder: Path, output: Path) -> None:
 def write_whole(path: Path, raw: bytes) -> None:
     """Write a file that is the earlier one or the whole new one, wherever the process ends.
 
-    A link of that name is replaced, not followed.
+    A link of that name is replaced, not followed. What fails leaves nothing behind.
     """
     part = path.with_name(f".{path.name}{_PART}")
     part.unlink(missing_ok=True)
     descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    with open(descriptor, "wb") as file:
-        file.write(raw)
-    os.replace(part, path)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(raw)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def put_each(folder: Path, names: Sequence[str]) -> None:

@@ -185,6 +185,7 @@ def test_an_earlier_results_file_stays_until_the_new_one_is_whole(
         with pytest.raises(KeyboardInterrupt):
             compared.write(link)
     assert elsewhere.read_text() == "earlier"
+    assert {path.name for path in tmp_path.iterdir()} == {elsewhere.name, link.name}
     compared.write(link)
     assert link.is_symlink()
     assert json.loads(elsewhere.read_text()) == json.loads(json.dumps(compared.as_dict()))
