@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from surgery.commands.terminal import Terminal
-from surgery.finetuning import FineTuning, finetune
-from surgery.recipe import read_recipe
-from surgery.resources import resource_folder
+from surgery.files.resources import resource_folder
+from surgery.jobs.finetune import FineTuning, finetune
+from surgery.training.recipe import read_recipe
 
 RECIPES = ("sft_baseline", "sft_math")
 

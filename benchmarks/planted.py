@@ -28,7 +28,7 @@ def make(
     import torch
     from transformers.utils import logging
 
-    from surgery.checkpoint import Origin, open_checkpoint
+    from surgery.files.checkpoint import Origin, open_checkpoint
 
     logging.disable_progress_bar()
     seed, made = folder.with_name("seed"), layer + 2

@@ -16,62 +16,63 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from surgery.analysis import Analysis, analyze
-    from surgery.anatomy import Anatomy
-    from surgery.checkpoint import Checkpoint, Origin
-    from surgery.comparison import Comparison, compare
-    from surgery.conversion import Conversion, convert
     from surgery.errors import SurgeryError
-    from surgery.fold import Edit, SinkDirection, make_edits
-    from surgery.hub import push
-    from surgery.locate import Emergence
-    from surgery.manifest import Manifest, read_manifest
-    from surgery.mask import Mask
-    from surgery.masking import weight_mask, wemask
-    from surgery.plan import Plan
-    from surgery.quality import Quality
-    from surgery.reference import masked
-    from surgery.reversal import revert
-    from surgery.review import refresh_card, reproduce, verify
-    from surgery.settings import Reporter, Settings
-    from surgery.source import resolve
-    from surgery.sweeping import Sweep, sweep
-    from surgery.verification import Verification
+    from surgery.files.checkpoint import Checkpoint, Origin
+    from surgery.folds.fold import Edit, SinkDirection, make_edits
+    from surgery.jobs.compare import Comparison, compare
+    from surgery.jobs.convert import Conversion, convert
+    from surgery.jobs.revert import revert
+    from surgery.jobs.sweep import Sweep, sweep
+    from surgery.jobs.verify import refresh_card, reproduce, verify
+    from surgery.measure.quality import Quality
+    from surgery.method.locate import Emergence
+    from surgery.method.mask import Mask
+    from surgery.models.anatomy import Anatomy
+    from surgery.models.masking import weight_mask, wemask
+    from surgery.models.reference import masked
+    from surgery.outputs.hub import push
+    from surgery.outputs.manifest import Manifest, read_manifest
+    from surgery.outputs.plan import Plan
+    from surgery.outputs.verification import Verification
+    from surgery.patient.analysis import Analysis, analyze
+    from surgery.patient.source import resolve
+    from surgery.reporter import Reporter
+    from surgery.settings import Settings
 
 _HOMES = {
-    "Analysis": "analysis",
-    "Anatomy": "anatomy",
-    "Checkpoint": "checkpoint",
-    "Comparison": "comparison",
-    "Conversion": "conversion",
-    "Edit": "fold",
-    "Emergence": "locate",
-    "Manifest": "manifest",
-    "Mask": "mask",
-    "Origin": "checkpoint",
-    "Plan": "plan",
-    "Quality": "quality",
-    "Reporter": "settings",
+    "Analysis": "patient.analysis",
+    "Anatomy": "models.anatomy",
+    "Checkpoint": "files.checkpoint",
+    "Comparison": "jobs.compare",
+    "Conversion": "jobs.convert",
+    "Edit": "folds.fold",
+    "Emergence": "method.locate",
+    "Manifest": "outputs.manifest",
+    "Mask": "method.mask",
+    "Origin": "files.checkpoint",
+    "Plan": "outputs.plan",
+    "Quality": "measure.quality",
+    "Reporter": "reporter",
     "Settings": "settings",
-    "SinkDirection": "fold",
+    "SinkDirection": "folds.fold",
     "SurgeryError": "errors",
-    "Sweep": "sweeping",
-    "Verification": "verification",
-    "analyze": "analysis",
-    "compare": "comparison",
-    "convert": "conversion",
-    "make_edits": "fold",
-    "masked": "reference",
-    "push": "hub",
-    "read_manifest": "manifest",
-    "refresh_card": "review",
-    "reproduce": "review",
-    "resolve": "source",
-    "revert": "reversal",
-    "sweep": "sweeping",
-    "verify": "review",
-    "weight_mask": "masking",
-    "wemask": "masking",
+    "Sweep": "jobs.sweep",
+    "Verification": "outputs.verification",
+    "analyze": "patient.analysis",
+    "compare": "jobs.compare",
+    "convert": "jobs.convert",
+    "make_edits": "folds.fold",
+    "masked": "models.reference",
+    "push": "outputs.hub",
+    "read_manifest": "outputs.manifest",
+    "refresh_card": "jobs.verify",
+    "reproduce": "jobs.verify",
+    "resolve": "patient.source",
+    "revert": "jobs.revert",
+    "sweep": "jobs.sweep",
+    "verify": "jobs.verify",
+    "weight_mask": "models.masking",
+    "wemask": "models.masking",
 }
 __all__ = [
     "Analysis",

@@ -1,16 +1,13 @@
-"""What a user asks of a conversion, and whom it tells what it does."""
+"""What a user asks of a conversion."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
-from surgery.anatomy import FOLDS
 from surgery.errors import BadSettings
-from surgery.loading import DTYPES
-from surgery.mask import SCOPES, SELECTIONS, check_rate, check_strength
+from surgery.method.mask import SCOPES, SELECTIONS, check_rate, check_strength
+from surgery.models.anatomy import FOLDS
+from surgery.models.loading import DTYPES
 
 FORMS = ("checkpoint", "adapter", "gguf-adapter")
 
@@ -67,7 +64,7 @@ class Settings:
         if self.check_tokens < 1 or self.calibration_tokens < 1:
             raise BadSettings("--check-tokens and --calibration-tokens must be at least 1.")
         if self.push_to_hub is not None:
-            from surgery.hub import repository_name
+            from surgery.outputs.hub import repository_name
 
             repository_name(self.push_to_hub)
         if not 0 <= self.max_degradation < float("inf"):
@@ -75,21 +72,3 @@ class Settings:
                 "--max-degradation must be a finite number and not negative; to write a checkpoint "
                 "however bad it is, give --force."
             )
-
-
-class Reporter:
-    """Where a conversion says what it does; this one is silent."""
-
-    def say(self, message: str) -> None:
-        """A step has begun."""
-
-    def show(self, result: Any) -> None:
-        """An Emergence, Plan, Quality or Verification is known."""
-
-    @contextmanager
-    def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
-        """A progress bar of `total` units; the block calls what it gets with units done."""
-        yield lambda _done: None
-
-
-SILENT = Reporter()

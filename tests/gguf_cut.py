@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
-from surgery.source import _demo_file
+from surgery.patient.source import _demo_file
 
 KEPT = 4
 # The vocabulary is in the order in which its tokens were merged: any beginning of it is one too.

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.adapter import CONFIG, WEIGHTS, regroup
 from surgery.errors import BadSettings, Unsupported
-from surgery.gguf_file import read_gguf, values_of
+from surgery.files.gguf_file import read_gguf, values_of
+from surgery.outputs.adapter import CONFIG, WEIGHTS, regroup
 
 peft = pytest.importorskip("peft")
 Tiny = Callable[..., Path]

@@ -21,22 +21,23 @@ from safetensors import safe_open
 from shared import Run
 
 import surgery
-from surgery import families, stream, texts
-from surgery.analysis import examine
-from surgery.anatomy import Anatomy, effective_gain
-from surgery.calibrate import sink_directions
-from surgery.checkpoint import Checkpoint
 from surgery.errors import BadCheckpoint, Unsupported
-from surgery.families import MULTIMODAL, family_of
-from surgery.fold import make_edits
-from surgery.loading import load_model, load_tokenizer
-from surgery.locate import agree
-from surgery.mask import Mask, attention_targets, largest
-from surgery.observe import layer_norms, pad, sink_magnitudes
-from surgery.plan import make_plan
-from surgery.reference import masked
-from surgery.verification import verify_edits, verify_structure, verify_untouched
-from surgery.write import copy_plan
+from surgery.files.checkpoint import Checkpoint
+from surgery.folds.calibrate import sink_directions
+from surgery.folds.fold import make_edits
+from surgery.method.locate import agree
+from surgery.method.mask import Mask, attention_targets, largest
+from surgery.models import families, stream
+from surgery.models.anatomy import Anatomy, effective_gain
+from surgery.models.families import MULTIMODAL, family_of
+from surgery.models.loading import load_model, load_tokenizer
+from surgery.models.observe import layer_norms, pad, sink_magnitudes
+from surgery.models.reference import masked
+from surgery.outputs.plan import make_plan
+from surgery.outputs.verification import verify_edits, verify_structure, verify_untouched
+from surgery.outputs.write import copy_plan
+from surgery.patient import texts
+from surgery.patient.analysis import examine
 
 MASKED = HIDDEN // 4
 SUPPORTED = [name for name, case in CASES.items() if case.folds]

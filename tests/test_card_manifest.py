@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import surgery
-from surgery import review
-from surgery.card import card_metadata, command_line, front_matter, render_card
-from surgery.checkpoint import Origin
 from surgery.errors import BadCheckpoint, SurgeryError
-from surgery.manifest import Manifest, clean_numbers, read_manifest, write_manifest
-from surgery.plan import CARD, FIGURE, MANIFEST
-from surgery.recipe import Treatment
+from surgery.files.checkpoint import Origin
+from surgery.jobs import verify as review
+from surgery.outputs.card import card_metadata, command_line, front_matter, render_card
+from surgery.outputs.manifest import Manifest, clean_numbers, read_manifest, write_manifest
+from surgery.outputs.plan import CARD, FIGURE, MANIFEST
+from surgery.training.recipe import Treatment
 
 Tiny = Callable[..., Path]
 Run = Callable[..., Any]

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from surgery.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint, read_header
 from surgery.errors import BadCheckpoint, SurgeryError, Unsupported
-from surgery.plan import make_plan
+from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint, read_header
+from surgery.outputs.plan import make_plan
 
 Tiny = Callable[..., Path]
 

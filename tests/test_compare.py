@@ -15,9 +15,11 @@ import pytest
 from cut import LAYER, six_layer_cut
 
 import surgery
-from surgery import comparison, results, statistics
 from surgery.errors import BadSettings, SurgeryError
-from surgery.manifest import read_manifest
+from surgery.jobs import compare as comparison
+from surgery.measure import statistics
+from surgery.outputs import results
+from surgery.outputs.manifest import read_manifest
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_demo = pytest.mark.skipif(
@@ -283,7 +285,7 @@ def test_nothing_to_measure_is_refused(run: Any, converted: tuple[Path, Path]) -
 def test_without_the_harness_it_says_what_to_install(
     run: Any, converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from surgery import tasks
+    from surgery.measure import tasks
 
     monkeypatch.setattr(tasks, "find_spec", lambda _name: None)
     sentence = run("compare", *converted, "--tasks", "piqa").sentence()
@@ -473,7 +475,7 @@ def test_scores_are_the_harness_s_own(
     cut: tuple[Path, Path], tasked: comparison.Comparison, python: Any, tmp_path: Path
 ) -> None:
     """The same numbers as lm-evaluation-harness's own command line on the written checkpoint."""
-    from surgery.resources import resource_folder
+    from surgery.files.resources import resource_folder
 
     python(
         "-m", "lm_eval", "run", "--model", "hf",
@@ -502,7 +504,7 @@ def test_sampled_scores_are_the_harness_s_own(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    from surgery.resources import resource_folder
+    from surgery.files.resources import resource_folder
 
     manager = TaskManager(
         include_path=str(resource_folder("recipes") / "tasks"),
@@ -565,8 +567,8 @@ def test_two_processes_score_as_one(
 @needs_harness
 @needs_data
 def test_a_shipped_group_takes_what_is_in_the_folder() -> None:
-    from surgery.settings import Reporter
-    from surgery.tasks import TaskSettings, load_tasks
+    from surgery.measure.tasks import TaskSettings, load_tasks
+    from surgery.reporter import Reporter
 
     loaded = load_tasks(TaskSettings(("knowledge", "math"), data=str(SHARED)), Reporter())
     assert set(loaded.tasks) == {
@@ -582,8 +584,8 @@ def test_a_shipped_group_takes_what_is_in_the_folder() -> None:
 
 @needs_harness
 def test_a_yaml_file_and_a_folder_are_tasks(tmp_path: Path) -> None:
-    from surgery.settings import Reporter
-    from surgery.tasks import TaskSettings, load_tasks
+    from surgery.measure.tasks import TaskSettings, load_tasks
+    from surgery.reporter import Reporter
 
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "1 + 1 =", "answer": "2"}\n', encoding="utf-8")
@@ -625,7 +627,7 @@ def test_wrong_words_get_one_sentence(
 def test_the_rules_for_answers() -> None:
     from importlib.util import module_from_spec, spec_from_file_location
 
-    from surgery.resources import resource_folder
+    from surgery.files.resources import resource_folder
 
     spec = spec_from_file_location("answers", resource_folder("recipes") / "tasks" / "answers.py")
     assert spec is not None

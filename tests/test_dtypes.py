@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from surgery import dtypes
+from surgery.files import dtypes
 
 NARROW = ["F16", "BF16", "F8_E4M3", "F8_E5M2"]
 # Finite for the format's own reason: E4M3 spends the pattern above its largest value on NaN.

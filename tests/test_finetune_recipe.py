@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from surgery.errors import BadSettings
-from surgery.recipe import Recipe, Treatment, parse_recipe, read_recipe
-from surgery.resources import resource_folder
-from surgery.rewards import exact_answer
-from surgery.training_data import conversation, final_answer, load_data, preference, problem
+from surgery.files.resources import resource_folder
+from surgery.training.data import conversation, final_answer, load_data, preference, problem
+from surgery.training.recipe import Recipe, Treatment, parse_recipe, read_recipe
+from surgery.training.rewards import exact_answer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 RECIPES = sorted(path.stem for path in resource_folder("recipes").glob("*.yaml"))

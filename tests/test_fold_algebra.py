@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery import dtypes, fold
-from surgery.anatomy import Anatomy, AttentionInput
 from surgery.errors import Unsupported
-from surgery.fold import Edit, SinkDirection, detector, make_edits, pack, unpack
-from surgery.mask import Mask
+from surgery.files import dtypes
+from surgery.folds import fold
+from surgery.folds.fold import Edit, SinkDirection, detector, make_edits, pack, unpack
+from surgery.method.mask import Mask
+from surgery.models.anatomy import Anatomy, AttentionInput
 
 FORMATS = ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"]
 formats = pytest.mark.parametrize("dtype", FORMATS)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from surgery.errors import Unsupported
-from surgery.gated_attention import add_gates, gated
-from surgery.loading import load_model
+from surgery.models.gated_attention import add_gates, gated
+from surgery.models.loading import load_model
 
 Tiny = Callable[..., Path]
 IDS = torch.arange(9)[None] + 5

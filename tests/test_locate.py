@@ -14,7 +14,7 @@ from tiny_models import FAMILIES
 import surgery
 from surgery import errors
 from surgery.errors import NoEmergence, SurgeryError, Unsupported
-from surgery.locate import agree, others_median, vote
+from surgery.method.locate import agree, others_median, vote
 
 Tiny = Callable[..., Path]
 

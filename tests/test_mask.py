@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from surgery.errors import BadSettings
-from surgery.mask import (
+from surgery.method.mask import (
     Mask,
     check_strength,
     largest,

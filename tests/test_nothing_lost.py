@@ -23,7 +23,7 @@ from shared import Run, Tiny
 
 import surgery
 from surgery.errors import BadSettings
-from surgery.plan import check_apart
+from surgery.outputs.plan import check_apart
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 from test_merging import a_recipe

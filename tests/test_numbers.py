@@ -17,7 +17,7 @@ from shared import Run, Tiny
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import surgery
-from surgery.locate import agree, vote
+from surgery.method.locate import agree, vote
 
 GAIN = "model.layers.4.input_layernorm.weight"
 SIZE = 64

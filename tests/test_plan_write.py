@@ -21,14 +21,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery import dtypes, fold, write
-from surgery.anatomy import describe
-from surgery.checkpoint import Checkpoint
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
-from surgery.fold import Edit, SinkDirection, make_edits
-from surgery.mask import Mask
-from surgery.plan import CARD, FIGURE, MANIFEST, UNDO, Plan, make_plan
-from surgery.write import copy_plan, staging
+from surgery.files import dtypes
+from surgery.files.checkpoint import Checkpoint
+from surgery.folds import fold
+from surgery.folds.fold import Edit, SinkDirection, make_edits
+from surgery.method.mask import Mask
+from surgery.models.anatomy import describe
+from surgery.outputs import write
+from surgery.outputs.plan import CARD, FIGURE, MANIFEST, UNDO, Plan, make_plan
+from surgery.outputs.write import copy_plan, staging
 
 Tiny = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -196,7 +198,7 @@ def test_output_that_appears_while_writing(
         (output / "theirs.txt").write_text("theirs")
         return done
 
-    monkeypatch.setattr("surgery.conversion.copy_plan", slow)
+    monkeypatch.setattr("surgery.jobs.convert.copy_plan", slow)
     for overwrite in (False, True):
         with pytest.raises(BadSettings):
             surgery.convert(str(tiny()), layer=3, check=False, output=output, overwrite=overwrite)
@@ -833,21 +835,25 @@ def test_source_file_that_vanished(
         (source / "tokenizer.json").unlink()
         return copy(plan, *rest)
 
-    monkeypatch.setattr("surgery.conversion.copy_plan", after_deletion)
+    monkeypatch.setattr("surgery.jobs.convert.copy_plan", after_deletion)
     interrupted(tmp_path, source, SurgeryError)
 
 
 @pytest.mark.parametrize(
     ("place", "raised", "expected"),
     [
-        ("surgery.write._Patches.apply", RuntimeError("bug"), RuntimeError),
-        ("surgery.write._Patches.apply", KeyboardInterrupt(), KeyboardInterrupt),
-        ("surgery.write._Hasher._hash", RuntimeError("bug"), RuntimeError),
-        ("surgery.write._copy", OSError(errno.ENOSPC, "No space left on device"), BadSettings),
-        ("surgery.staging.sync_tree", OSError(errno.EIO, "Input/output error"), BadSettings),
-        ("surgery.conversion.render_card", RuntimeError("bug"), RuntimeError),
-        ("surgery.conversion.write_manifest", KeyboardInterrupt(), KeyboardInterrupt),
-        ("surgery.conversion.verify_edits", MemoryError(), MemoryError),
+        ("surgery.outputs.write._Patches.apply", RuntimeError("bug"), RuntimeError),
+        ("surgery.outputs.write._Patches.apply", KeyboardInterrupt(), KeyboardInterrupt),
+        ("surgery.outputs.write._Hasher._hash", RuntimeError("bug"), RuntimeError),
+        (
+            "surgery.outputs.write._copy",
+            OSError(errno.ENOSPC, "No space left on device"),
+            BadSettings,
+        ),
+        ("surgery.files.staging.sync_tree", OSError(errno.EIO, "Input/output error"), BadSettings),
+        ("surgery.jobs.convert.render_card", RuntimeError("bug"), RuntimeError),
+        ("surgery.jobs.convert.write_manifest", KeyboardInterrupt(), KeyboardInterrupt),
+        ("surgery.jobs.convert.verify_edits", MemoryError(), MemoryError),
         ("tempfile.mkdtemp", OSError(errno.EROFS, "Read-only file system"), BadSettings),
     ],
 )
@@ -891,7 +897,7 @@ def test_failure_leaves_the_earlier_output(
     output = tmp_path / "out"
     surgery.convert(str(tiny()), layer=3, check=False, output=output)
     before = snapshot(tmp_path)
-    monkeypatch.setattr("surgery.staging._exchange", lambda _one, _other: False)
+    monkeypatch.setattr("surgery.files.staging._exchange", lambda _one, _other: False)
     rename = os.rename
 
     def once_only(source: Any, target: Any) -> None:

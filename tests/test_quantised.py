@@ -18,10 +18,10 @@ from quantised_models import METHODS, quantise
 from safetensors.torch import load_file
 
 import surgery
-from surgery.checkpoint import Origin, open_checkpoint
 from surgery.errors import Unsupported
-from surgery.quantised import FORMATS, dequantised
-from surgery.quantised import gptq as read_gptq
+from surgery.files.checkpoint import Origin, open_checkpoint
+from surgery.patient.quantised import FORMATS, dequantised
+from surgery.patient.quantised import gptq as read_gptq
 
 QUICK = {"layer": 3, "check_tokens": 256, "calibration_tokens": 512, "force": True}
 needs = {"bitsandbytes 4": "bitsandbytes"}

@@ -13,11 +13,11 @@ import torch
 from tiny_models import make_tokenizer
 
 import surgery
-from surgery.anatomy import Anatomy, describe, effective_gain
 from surgery.errors import Unsupported
-from surgery.loading import load_model
-from surgery.mask import Mask, largest
-from surgery.reference import KEYWORD, first_real_token, masked
+from surgery.method.mask import Mask, largest
+from surgery.models.anatomy import Anatomy, describe, effective_gain
+from surgery.models.loading import load_model
+from surgery.models.reference import KEYWORD, first_real_token, masked
 
 Tiny = Callable[..., Path]
 

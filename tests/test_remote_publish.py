@@ -12,8 +12,8 @@ import pytest
 import tiny_models
 from hub_server import HubServer
 
-from surgery.checkpoint import LocalFiles, Origin, open_checkpoint
-from surgery.remote import KeptRanges
+from surgery.files.checkpoint import LocalFiles, Origin, open_checkpoint
+from surgery.patient.remote import KeptRanges
 
 Run = Callable[..., Any]
 ARGS = ["convert", "some/model", "--push-to-hub", "me/masked", "--remote"]

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import surgery
-from surgery import evidence, report
+from surgery.method import evidence
+from surgery.report import page as report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FIGURES = [

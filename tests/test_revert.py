@@ -12,7 +12,7 @@ import pytest
 
 import surgery
 from surgery.errors import BadCheckpoint, BadSettings
-from surgery.plan import UNDO
+from surgery.outputs.plan import UNDO
 
 Tiny = Callable[..., Path]
 QUICK = {"check": False, "layer": 3}

@@ -20,8 +20,8 @@ from hub_server import HubServer
 from shared import Run, Tiny
 
 import surgery
-from surgery.checkpoint import LARGEST_TEXT
 from surgery.commands import _COMMANDS
+from surgery.files.checkpoint import LARGEST_TEXT
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 from test_merging import a_recipe

@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.checkpoint import INDEX, SINGLE
 from surgery.errors import BadCheckpoint, BadSettings
-from surgery.source import cache_folder, file_sha256, resolve
+from surgery.files.checkpoint import INDEX, SINGLE
+from surgery.patient.source import cache_folder, file_sha256, resolve
 
 Tiny = Callable[..., Path]
 Run = Callable[..., Any]

@@ -13,13 +13,14 @@ from hub_server import HubServer
 from script import run_script
 
 import surgery
-from surgery import stream, texts
-from surgery.analysis import examine
-from surgery.checkpoint import Origin, open_checkpoint
-from surgery.lending import LentModel
-from surgery.loading import load_model, load_tokenizer
-from surgery.locate import agree
-from surgery.observe import layer_norms
+from surgery.files.checkpoint import Origin, open_checkpoint
+from surgery.method.locate import agree
+from surgery.models import stream
+from surgery.models.lending import LentModel
+from surgery.models.loading import load_model, load_tokenizer
+from surgery.models.observe import layer_norms
+from surgery.patient import texts
+from surgery.patient.analysis import examine
 
 FAMILIES = sorted(set(tiny_models.FAMILIES) - {"olmo2"})  # refused: it has nothing to locate for
 LAYERS, PLANTED = 16, 2
@@ -115,7 +116,7 @@ def test_evidence_without_the_whole_model(
     def refuse(*_args: object, **_options: object) -> None:
         raise AssertionError("the model was loaded whole")
 
-    monkeypatch.setattr("surgery.loading.load_model", refuse)
+    monkeypatch.setattr("surgery.models.loading.load_model", refuse)
     lent = surgery.analyze(str(path), evidence=True, stream=True)
     assert loaded.evidence is not None
     assert lent.evidence is not None

@@ -31,11 +31,16 @@ from sqlalchemy import create_engine, text  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 
 import surgery  # noqa: E402
-from surgery import analysis, conversion, editing, scoring, study, sweeping  # noqa: E402
 from surgery.errors import BadSettings, SurgeryError  # noqa: E402
+from surgery.folds import editing  # noqa: E402
+from surgery.jobs import convert as conversion  # noqa: E402
+from surgery.jobs import sweep as sweeping  # noqa: E402
+from surgery.measure import scoring  # noqa: E402
+from surgery.patient import analysis  # noqa: E402
+from surgery.patient.subject import Subject  # noqa: E402
 from surgery.settings import SILENT, Settings  # noqa: E402
-from surgery.study import SharedStudy, Space  # noqa: E402
-from surgery.subject import Subject  # noqa: E402
+from surgery.sweeping import study  # noqa: E402
+from surgery.sweeping.study import SharedStudy, Space  # noqa: E402
 
 QUICK = {"check_tokens": 256, "calibration_tokens": 512}
 FEW = {**QUICK, "rates": (0.1, 0.3), "layer": 2}
@@ -105,7 +110,7 @@ def test_memory_changes_no_figure(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
     monkeypatch.setattr(scoring, "KEPT_NUMBERS", room)
-    monkeypatch.setattr("surgery.quality.LOGITS_BUDGET", 200_000)  # several batches
+    monkeypatch.setattr("surgery.measure.quality.LOGITS_BUDGET", 200_000)  # several batches
     found = surgery.sweep(model, output=tmp_path, scopes=("first",), **FEW)
     figures = {
         row.point: {**(row.figures or {}), "seconds": 0, "target_layers": None}

@@ -16,14 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import surgery
-from surgery import verification
-from surgery.checkpoint import Checkpoint
 from surgery.errors import BadCheckpoint, VerificationFailed
-from surgery.fold import Edit
-from surgery.loading import load_model
-from surgery.manifest import FileRecord
-from surgery.source import file_sha256
-from surgery.verification import (
+from surgery.files.checkpoint import Checkpoint
+from surgery.folds.fold import Edit
+from surgery.models.loading import load_model
+from surgery.outputs import verification
+from surgery.outputs.manifest import FileRecord
+from surgery.outputs.verification import (
     Check,
     Verification,
     checked,
@@ -35,6 +34,7 @@ from surgery.verification import (
     verify_structure,
     verify_untouched,
 )
+from surgery.patient.source import file_sha256
 
 Tiny = Callable[..., Path]
 GAIN = "model.layers.4.input_layernorm.weight"
@@ -350,7 +350,7 @@ def test_how_the_written_checkpoint_is_run(
 
         return run
 
-    monkeypatch.setattr("surgery.loading.load_model", load)
+    monkeypatch.setattr("surgery.models.loading.load_model", load)
     cpu = torch.device("cpu")
     for asked in ({}, {"trust_remote_code": True}):
         checks = behaviour(tiny("llama"), logits, logits[2].double(), dtype="float64", **asked)

@@ -13,11 +13,11 @@ import torch
 import torch.multiprocessing
 
 import surgery
-from surgery.anatomy import describe, effective_gain
 from surgery.errors import BadSettings, Unsupported
-from surgery.loading import load_model
-from surgery.mask import Mask, largest
-from surgery.masking import first_real_token, weight_mask, wemask
+from surgery.method.mask import Mask, largest
+from surgery.models.anatomy import describe, effective_gain
+from surgery.models.loading import load_model
+from surgery.models.masking import first_real_token, weight_mask, wemask
 
 Tiny = Callable[..., Path]
 

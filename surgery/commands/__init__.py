@@ -79,7 +79,7 @@ def _say(message: str) -> None:
 
 def _version(ctx: click.Context, _parameter: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        from surgery.manifest import tool_version
+        from surgery.outputs.manifest import tool_version
 
         click.echo(f"surgery {tool_version()}")
         ctx.exit()

@@ -68,8 +68,8 @@ def command(
         raise BadSettings(f"The folder of {plot} does not exist.")
     check_png(plot)
     if report is not None:
-        from surgery.plan import check_apart
-        from surgery.report import check_folder
+        from surgery.outputs.plan import check_apart
+        from surgery.report.page import check_folder
 
         check_apart([Path(model) for model in models if os.path.exists(model)], report)
         check_folder(report)
@@ -91,16 +91,16 @@ def _one(
     terminal: Terminal,
     options: dict[str, Any],
 ) -> None:
-    from surgery.analysis import analyze
     from surgery.commands.tables import evidence_tables
     from surgery.commands.terminal import print_json
-    from surgery.report import summary, write_report
+    from surgery.patient.analysis import analyze
+    from surgery.report.page import summary, write_report
 
     wanted = evidence or report is not None
     analysis = analyze(model, reporter=terminal, evidence=wanted, **options)
     emergence = analysis.emergence
     if plot is not None:
-        from surgery.figures import plot_layers
+        from surgery.report.plots import plot_layers
 
         plot_layers(emergence, plot, title=analysis.checkpoint.origin.name)
     if report is not None:
@@ -140,7 +140,7 @@ def _several(
 ) -> None:
     from surgery.commands.tables import comparison
     from surgery.commands.terminal import print_json
-    from surgery.report import (
+    from surgery.report.page import (
         compare,
         comparison_curves,
         comparison_data,
@@ -150,7 +150,7 @@ def _several(
 
     compared = compare(models, reporter=terminal, **options)
     if plot is not None:
-        from surgery.figures import plot_comparison
+        from surgery.report.plots import plot_comparison
 
         plot_comparison(comparison_curves(compared), plot)
     if report is not None:

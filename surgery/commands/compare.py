@@ -13,8 +13,8 @@ from surgery.commands.options import check_png, output_options, task_options
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from surgery.comparison import Comparison, TextMeasure
-    from surgery.tasks import TaskRow, VariantScore
+    from surgery.jobs.compare import Comparison, TextMeasure
+    from surgery.measure.tasks import TaskRow, VariantScore
 
 
 @click.command()
@@ -82,8 +82,8 @@ def command(
     `accelerate launch -m surgery compare ...`.
     """
     from surgery.commands.terminal import Terminal, print_json, safe
-    from surgery.comparison import compare
     from surgery.errors import BadSettings
+    from surgery.jobs.compare import compare
 
     for path in (output, plot):
         if path is not None and not path.parent.is_dir():
@@ -103,7 +103,7 @@ def command(
     if output is not None:
         result.write(output)
     if plot is not None:
-        from surgery.comparison_figure import plot_changes
+        from surgery.report.comparison_plot import plot_changes
 
         plot_changes(result, plot)
     if as_json:

@@ -105,11 +105,11 @@ def command(
 ) -> None:
     """Fold the WeMask mask into MODEL and write a plain, verified checkpoint."""
     from surgery.commands.terminal import Terminal, print_json, safe
-    from surgery.conversion import convert
+    from surgery.jobs.convert import convert
 
     gguf = options["form"] == "gguf-adapter" or (output is not None and output.suffix == ".gguf")
     if options["push_to_hub"] and gguf:
-        from surgery.hub import one_file
+        from surgery.outputs.hub import one_file
 
         raise one_file(options["push_to_hub"])
     terminal = Terminal(quiet=quiet, as_json=as_json)
@@ -129,7 +129,7 @@ def command(
     )
     pushed = None
     if result.manifest is not None and options["push_to_hub"]:
-        from surgery.hub import push
+        from surgery.outputs.hub import push
 
         pushed = push(result.output, options["push_to_hub"], reporter=terminal)
     if as_json:
@@ -161,7 +161,7 @@ def _published(
     from dataclasses import asdict
 
     from surgery.commands.terminal import print_json, safe
-    from surgery.publish import CopyRefused, publish
+    from surgery.outputs.publish import CopyRefused, publish
 
     settings = {name: value for name, value in options.items() if name != "push_to_hub"}
     try:

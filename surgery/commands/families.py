@@ -10,7 +10,7 @@ import click
 from surgery.commands.options import output_options
 
 if TYPE_CHECKING:
-    from surgery.families import Row
+    from surgery.models.families import Row
 
 
 @click.command()
@@ -28,7 +28,7 @@ def command(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
 
     from surgery.commands.terminal import Terminal, print_json, safe
     from surgery.errors import BadSettings
-    from surgery.families import rows
+    from surgery.models.families import rows
 
     known = rows()
     strange = sorted(set(names) - {row.family for row in known})

@@ -41,7 +41,7 @@ def command(
     -m surgery finetune RECIPE.
     """
     from surgery.commands.terminal import Terminal, print_json, safe
-    from surgery.finetuning import finetune
+    from surgery.jobs.finetune import finetune
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
     try:

@@ -17,12 +17,12 @@ def command(folder: Path, as_json: bool, quiet: bool) -> None:
     """Show what was done to the checkpoint in DIR, from its manifest; DIR may be a .gguf file."""
     from rich.table import Table
 
-    from surgery.card import command_line
-    from surgery.checkpoint import read_json
     from surgery.commands.terminal import Terminal, print_json, safe
-    from surgery.gguf_conversion import read_embedded
-    from surgery.manifest import read_manifest
-    from surgery.plan import MANIFEST
+    from surgery.files.checkpoint import read_json
+    from surgery.outputs.card import command_line
+    from surgery.outputs.gguf_conversion import read_embedded
+    from surgery.outputs.manifest import read_manifest
+    from surgery.outputs.plan import MANIFEST
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
     manifest = read_embedded(folder)[0] if folder.is_file() else read_manifest(folder)

@@ -23,7 +23,7 @@ def command(folder: Path, output: Path, base: str | None, as_json: bool, quiet: 
     base. Every restored file is compared with its recorded sha256. DIR may be a converted .gguf.
     """
     from surgery.commands.terminal import Terminal, print_json, safe
-    from surgery.reversal import revert
+    from surgery.jobs.revert import revert
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
     result = revert(folder, output, base=base, reporter=terminal)

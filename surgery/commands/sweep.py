@@ -125,7 +125,7 @@ def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """
     from surgery.commands.tables import sweep_table
     from surgery.commands.terminal import Terminal, print_json, safe
-    from surgery.sweeping import FIGURE, RESULTS, sweep
+    from surgery.jobs.sweep import FIGURE, RESULTS, sweep
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
     try:

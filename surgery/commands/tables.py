@@ -11,15 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.commands.terminal import printable, safe
-from surgery.locate import Emergence
-from surgery.plan import UNDO, Plan, RemotePlan
-from surgery.verification import Verification
+from surgery.method.locate import Emergence
+from surgery.outputs.plan import UNDO, Plan, RemotePlan
+from surgery.outputs.verification import Verification
 
 if TYPE_CHECKING:
-    from surgery.checkpoint import Checkpoint
-    from surgery.fold import Edit
-    from surgery.probe import Evidence
-    from surgery.sweeping import Sweep
+    from surgery.files.checkpoint import Checkpoint
+    from surgery.folds.fold import Edit
+    from surgery.jobs.sweep import Sweep
+    from surgery.measure.probe import Evidence
 
 
 def tables(result: Any) -> Iterator[RenderableType]:
@@ -88,7 +88,7 @@ def _emergence(found: Emergence) -> Iterator[RenderableType]:
 
 def evidence_tables(found: Evidence) -> Iterator[RenderableType]:
     """What the table of an Emergence does not show, in tables narrow enough for a terminal."""
-    from surgery.report import COLUMNS
+    from surgery.report.page import COLUMNS
 
     shown = {"sink", "others", "magnification"}
     columns = [column for column in COLUMNS if column[1] not in shown]

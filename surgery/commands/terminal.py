@@ -21,7 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from surgery.settings import Reporter
+from surgery.reporter import Reporter
 
 
 def printable(text: str) -> str:
@@ -38,7 +38,7 @@ def safe(text: Any) -> str:
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    from surgery.manifest import clean_numbers
+    from surgery.outputs.manifest import clean_numbers
 
     click.echo(json.dumps(clean_numbers(value), indent=2, ensure_ascii=True))
 

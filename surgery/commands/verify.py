@@ -28,7 +28,7 @@ def command(
     DIR may be a converted .gguf, whose base is inside, or a .gguf adapter.
     """
     from surgery.commands.terminal import Terminal, print_json
-    from surgery.review import verify
+    from surgery.jobs.verify import verify
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
     result = verify(

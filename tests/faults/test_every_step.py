@@ -26,7 +26,7 @@ from crash_points import (
 )
 
 import surgery
-from surgery import staging
+from surgery.files import staging
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 

@@ -31,10 +31,10 @@ from crash_points import (
     run_until,
 )
 
-from surgery import finetuning
 from surgery.errors import BadSettings
-from surgery.finetuning import FineTuning, finetune
-from surgery.recipe import parse_recipe, read_recipe
+from surgery.jobs import finetune as finetuning
+from surgery.jobs.finetune import FineTuning, finetune
+from surgery.training.recipe import parse_recipe, read_recipe
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 PRODUCTS = ("base", "adapter", "model")

@@ -18,7 +18,8 @@ from shared import Run
 from test_merging import a_recipe
 
 import surgery
-from surgery import staging, write
+from surgery.files import staging
+from surgery.outputs import write
 
 Tiny = Callable[..., Path]
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -229,7 +230,7 @@ def test_a_killed_run_is_cleaned_up_by_the_next(tiny: Tiny, tmp_path: Path) -> N
 _SLOW = """
 import sys, time
 import surgery
-from surgery import conversion
+from surgery.jobs import convert as conversion
 def slow(*_args):
     print("writing", flush=True)
     time.sleep(60)

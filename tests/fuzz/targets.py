@@ -17,9 +17,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from surgery import anatomy, card, checkpoint, families, gguf_file, manifest, recipe, results
-from surgery.checkpoint import Checkpoint, Origin, TensorEntry
 from surgery.errors import BadCheckpoint, SurgeryError
+from surgery.files import checkpoint, gguf_file
+from surgery.files.checkpoint import Checkpoint, Origin, TensorEntry
+from surgery.models import anatomy, families
+from surgery.outputs import card, manifest, results
+from surgery.training import recipe
 
 # What a message may at most be long: it must not repeat a whole hostile file.
 LONGEST_MESSAGE = 20_000
@@ -224,7 +227,7 @@ def special_tokens(data: bytes) -> None:
 
 
 def _load_tokenizer(name: str, data: bytes) -> None:
-    from surgery.loading import load_tokenizer
+    from surgery.models.loading import load_tokenizer
 
     folder = _folder() / "tokenizer"
     folder.mkdir(exist_ok=True)

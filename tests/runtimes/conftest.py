@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import surgery
-from surgery.source import _demo_file
+from surgery.patient.source import _demo_file
 
 PROMPTS = (
     "The lighthouse keeper walked up the stairs and",

@@ -1,0 +1,217 @@
+"""The sink direction of each target layer, measured on calibration text.
+
+All target layers are calibrated in one forward pass: when the batch reaches a target layer's
+attention, its sink direction is computed from the attention input at hand and the layer's weights
+are edited on the spot, so every later layer sees the model edited so far.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from surgery.errors import NoEmergence
+from surgery.files.checkpoint import Checkpoint
+from surgery.folds.editing import parameter_of, set_parameter
+from surgery.folds.fold import SinkDirection, detector, layer_edits
+from surgery.method.locate import STANDS_OUT
+from surgery.method.mask import Mask
+from surgery.models.anatomy import Anatomy
+from surgery.models.observe import attention_input, backbone, decoder_layers, hooked, pad, residual
+
+# Share of Σ's mean eigenvalue added to its diagonal: enough to keep the solution stable when
+# there are fewer calibration tokens than dimensions, too little to blur the detector.
+RIDGE = 1e-3
+
+
+@dataclass(frozen=True)
+class Leak:
+    """How a detector answers: v·x, which should be 1 on the sink token and 0 elsewhere.
+
+    ordinary_rms, ordinary_largest: over ordinary tokens. sink_smallest: over first tokens.
+    """
+
+    ordinary_rms: float
+    ordinary_largest: float
+    sink_smallest: float
+    tokens: int
+
+
+class _Done(Exception):
+    """Ends the forward pass once the last target layer is calibrated."""
+
+
+@dataclass
+class _Pass:
+    """What the forward pass finds: which tokens are sinks, then a direction per layer."""
+
+    real: torch.Tensor
+    massive: torch.Tensor | None
+    directions: dict[int, SinkDirection]
+    leaks: dict[int, Leak]
+
+
+def sink_directions(
+    model: Any,
+    anatomy: Anatomy,
+    checkpoint: Checkpoint,
+    mask: Mask,
+    sequences: Sequence[Sequence[int]],
+    *,
+    ridge: float = RIDGE,
+    progress: Callable[[int], None] = lambda _done: None,
+) -> tuple[dict[int, SinkDirection], dict[int, Leak]]:
+    """Directions for the `sink` fold and their leak on the calibration text, by target layer.
+
+    sequences: token ids, each beginning like a prompt. The model's weights are restored. Raises
+    NoEmergence when the first token does not stand out at the first target layer, because a
+    detector for an ordinary token would answer to all others too.
+    """
+    ids, real = pad(sequences)
+    device = next(model.parameters()).device
+    state = _Pass(real.bool(), None, {}, {})
+    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    layers = decoder_layers(model, anatomy)
+
+    def classify(_module: Any, args: tuple, kwargs: dict) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        state.massive = massive_tokens(residual(states), state.real)
+
+    def at_layer(layer: int) -> Callable[[Any, tuple, dict], None]:
+        def hook(_module: Any, args: tuple, kwargs: dict) -> None:
+            _calibrate(state, mask, layer, attention_input(args, kwargs), ridge)
+            found = anatomy.at(layer)
+            for edit in layer_edits(anatomy, found, mask, "sink", state.directions[layer]):
+                parameter = parameter_of(model, anatomy, edit)
+                saved.append((parameter, parameter.detach().clone()))
+                stored = checkpoint.read(edit.tensor)
+                dtype = checkpoint.tensors[edit.tensor].dtype
+                set_parameter(parameter, edit.apply(stored, dtype))
+            progress(1)
+            if layer == mask.layers[-1]:
+                raise _Done
+
+        return hook
+
+    handles = [layers[mask.layers[0]].register_forward_pre_hook(classify, with_kwargs=True)]
+    for layer in mask.layers:
+        attention = model.get_submodule(anatomy.at(layer).attention)
+        handles.append(attention.register_forward_pre_hook(at_layer(layer), with_kwargs=True))
+    try:
+        with hooked(handles), torch.inference_mode():
+            backbone(model, anatomy)(
+                input_ids=ids.to(device), attention_mask=real.to(device), use_cache=False
+            )
+    except _Done:
+        pass
+    finally:
+        with torch.no_grad():
+            for parameter, original in saved:
+                parameter.copy_(original)
+    return state.directions, state.leaks
+
+
+def massive_tokens(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Tokens of the sink class, bool [B, T]: massive in the residual stream [B, T, D].
+
+    A delimiter that has become a second sink belongs here, not among the ordinary tokens. Raises
+    NoEmergence where the first tokens are not massive themselves.
+    """
+    massive = stands_out(states, real.cpu())
+    standing_out = massive[:, 0].double().mean().item()
+    if standing_out < 0.5:
+        raise NoEmergence(
+            "the first token is not massive at the input of the first target layer (it stands out "
+            f"in {standing_out:.0%} of the calibration sequences), so --fold sink has no direction "
+            "to detect it by; check --layer, or use --fold norm."
+        )
+    massive[:, 0] = True
+    return massive
+
+
+def stands_out(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Tokens whose norm is far above the median, bool [B, T]; states: [B, T, D]."""
+    norms = states.detach().float().norm(dim=-1).cpu()
+    return (norms >= STANDS_OUT * norms[real].median()) & real
+
+
+def _calibrate(state: _Pass, mask: Mask, layer: int, inputs: torch.Tensor, ridge: float) -> None:
+    assert state.massive is not None
+    x = inputs.detach().double().cpu()
+    first = x[:, 0]
+    ordinary = x[state.real & ~state.massive]
+    center = first.mean(0)
+    second_moment = (ordinary.T @ ordinary / max(1, len(ordinary))).numpy()
+    v = detector(center.numpy(), second_moment, ridge).astype(np.float32)
+    chosen = list(mask.dimensions[layer])
+    state.directions[layer] = SinkDirection(center.numpy()[chosen].astype(np.float32), v)
+    state.leaks[layer] = leak(ordinary.numpy() @ v, first.numpy() @ v)
+
+
+def leak(ordinary: NDArray[np.floating], first: NDArray[np.floating]) -> Leak:
+    """The leak of a detector from its answers v·x."""
+    return Leak(
+        ordinary_rms=float(np.sqrt(np.mean(np.square(ordinary)))) if ordinary.size else 0.0,
+        ordinary_largest=float(np.abs(ordinary).max()) if ordinary.size else 0.0,
+        sink_smallest=float(first.min()),
+        tokens=int(ordinary.size),
+    )
+
+
+class LeakWatcher:
+    """Collects the detectors' answers v·x while an edited model runs on text."""
+
+    def __init__(self, model: Any, anatomy: Anatomy, sinks: Mapping[int, SinkDirection]) -> None:
+        self._model, self._anatomy, self._sinks = model, anatomy, sinks
+        self._ordinary: dict[int, list[NDArray[np.float64]]] = {layer: [] for layer in sinks}
+        self._first: dict[int, list[NDArray[np.float64]]] = {layer: [] for layer in sinks}
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Record the forward passes of this block, given with a 2-D attention mask."""
+        if not self._sinks:
+            yield
+            return
+        state: dict[str, torch.Tensor] = {}
+        layers = decoder_layers(self._model, self._anatomy)
+
+        def begin(_module: Any, _args: tuple, kwargs: dict) -> None:
+            state["real"] = kwargs["attention_mask"].bool().cpu()
+
+        def classify(_module: Any, args: tuple, kwargs: dict) -> None:
+            states = args[0] if args else kwargs["hidden_states"]
+            state["massive"] = stands_out(residual(states), state["real"])
+
+        def answer(layer: int) -> Callable[[Any, tuple, dict], None]:
+            def hook(_module: Any, args: tuple, kwargs: dict) -> None:
+                x = attention_input(args, kwargs).detach().double().cpu()
+                answers = x @ torch.from_numpy(self._sinks[layer].detector).double()
+                ordinary = state["real"] & ~state["massive"]
+                ordinary[:, 0] = False
+                self._ordinary[layer].append(answers[ordinary].numpy())
+                self._first[layer].append(answers[:, 0].numpy())
+
+            return hook
+
+        handles = [
+            self._model.register_forward_pre_hook(begin, with_kwargs=True),
+            layers[min(self._sinks)].register_forward_pre_hook(classify, with_kwargs=True),
+        ]
+        for layer in self._sinks:
+            attention = self._model.get_submodule(self._anatomy.at(layer).attention)
+            handles.append(attention.register_forward_pre_hook(answer(layer), with_kwargs=True))
+        with hooked(handles):
+            yield
+
+    def leaks(self) -> dict[int, Leak]:
+        """The leak of each detector on everything that was watched."""
+        return {
+            layer: leak(np.concatenate(self._ordinary[layer]), np.concatenate(self._first[layer]))
+            for layer in self._sinks
+        }

@@ -1,0 +1,253 @@
+"""The quality gate: what a fold does to a model, measured on text before anything is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from surgery.errors import QualityGate
+from surgery.models.anatomy import Anatomy
+from surgery.models.observe import decoder_layers, hooked, pad
+
+# Logits of one batch stay below about this many numbers.
+LOGITS_BUDGET = 64_000_000
+
+Variant = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One variant of a model on one text.
+
+    perplexity over all predicted tokens; against_base: perplexity relative to base, minus 1;
+    kl_from_reference, kl_from_base: mean KL(reference ‖ variant) and KL(base ‖ variant) in nats
+    per position.
+    """
+
+    name: str
+    perplexity: float
+    against_base: float
+    kl_from_reference: float
+    kl_from_base: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Base, the paper's reference and folded weights on the same tokens."""
+
+    variants: tuple[Measured, ...]
+    tokens: int
+    sequences: int
+
+    def __getitem__(self, name: str) -> Measured:
+        return next(variant for variant in self.variants if variant.name == name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+class SharedPrefix:
+    """Layers before `stop` run once per batch; later passes reuse what they gave.
+
+    What they gave is kept by batch number: tokens × hidden size numbers for each batch recorded.
+    Nothing is shared where later layers also read the keys and values of earlier ones.
+    """
+
+    def __init__(self, model: Any, anatomy: Anatomy, stop: int) -> None:
+        reused = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
+        self._layers = [] if reused else decoder_layers(model, anatomy)[:stop]
+        self._results: dict[int, Any] = {}
+
+    @contextmanager
+    def record(self, batch: int = 0) -> Iterator[None]:
+        """Remember the last shared layer's output in the forward pass of this block."""
+
+        def keep(_module: Any, _args: Any, result: Any) -> None:
+            self._results[batch] = result
+
+        handles = [self._layers[-1].register_forward_hook(keep)] if self._layers else []
+        with hooked(handles):
+            yield
+
+    @contextmanager
+    def replay(self, batch: int = 0) -> Iterator[None]:
+        """Skip the shared layers in the forward passes of this block."""
+        result = self._results.get(batch)
+        try:
+            for layer in self._layers:
+                layer.forward = lambda *_args, **_kwargs: result
+            yield
+        finally:
+            for layer in self._layers:
+                layer.__dict__.pop("forward", None)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded sequences on the model's device. real: bool, False at padding. targets: next tokens.
+
+    All are [sequences, longest], the targets one token shorter.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    real: torch.Tensor
+    targets: torch.Tensor
+
+    @property
+    def positions(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.real.sum())
+
+    @property
+    def predicted(self) -> int:
+        """Tokens that some other token predicts."""
+        return int(self.real[:, 1:].sum())
+
+    def log_probabilities(self, model: Any) -> torch.Tensor:
+        """The model's log-probabilities in float32, [sequences, longest, vocabulary]."""
+        logits = model(input_ids=self.ids, attention_mask=self.mask, use_cache=False).logits
+        return logits.float().log_softmax(-1)
+
+    def loss(self, logs: torch.Tensor) -> float:
+        """Negative log-likelihood of all predicted tokens, in nats, summed."""
+        found = logs[:, :-1].gather(-1, self.targets.unsqueeze(-1))[self.real[:, 1:]]
+        return -float(found.double().sum())
+
+    def divergence(self, known: torch.Tensor, logs: torch.Tensor) -> float:
+        """KL(known ‖ logs) in nats, summed over the positions."""
+        if known is logs:
+            return 0.0
+        # One sequence at a time: whole batches would need three times their memory here.
+        return sum(
+            float((p.exp() * (p - q)).sum(-1)[real].double().sum())
+            for p, q, real in zip(known, logs, self.real, strict=True)
+        )
+
+
+def make_batches(
+    sequences: Sequence[Sequence[int]], vocabulary: int, device: torch.device
+) -> Iterator[Batch]:
+    """Sequences of similar length together, on a device."""
+    for batch in batches(sequences, vocabulary):
+        ids, mask = (part.to(device) for part in pad(batch))
+        yield Batch(ids, mask, mask.bool(), ids[:, 1:])
+
+
+def measure(
+    model: Any,
+    anatomy: Anatomy,
+    sequences: Sequence[Sequence[int]],
+    first_target: int,
+    variants: dict[str, Variant],
+    *,
+    progress: Callable[[int], None] = lambda _tokens: None,
+) -> Quality:
+    """Perplexity and KL of each variant, the layers before `first_target` shared by all.
+
+    variants: a context manager per name, entered around each batch; "base" and "reference" must be
+    among them, in this order, because the others are compared with them.
+    """
+    totals = {name: [0.0, 0.0, 0.0] for name in variants}
+    positions = predicted = 0
+    prefix = SharedPrefix(model, anatomy, first_target)
+    device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size
+    for batch in make_batches(sequences, vocabulary, device):
+        known: dict[str, torch.Tensor] = {}
+        for number, (name, variant) in enumerate(variants.items()):
+            shared = prefix.record() if number == 0 else prefix.replay()
+            with torch.inference_mode(), variant(), shared:
+                logs = batch.log_probabilities(model)
+            if name in ("base", "reference"):
+                known[name] = logs
+            totals[name][0] += batch.loss(logs)
+            for column, other in enumerate(("reference", "base"), 1):
+                if other in known:
+                    totals[name][column] += batch.divergence(known[other], logs)
+        positions += batch.positions
+        predicted += batch.predicted
+        progress(batch.positions)
+    base = totals["base"][0]
+    return Quality(
+        tuple(
+            measured(name, loss, base, predicted, from_reference / positions, from_base / positions)
+            for name, (loss, from_reference, from_base) in totals.items()
+        ),
+        positions,
+        len(sequences),
+    )
+
+
+def measured(
+    name: str,
+    loss: float,
+    base: float,
+    predicted: int,
+    kl_from_reference: float,
+    kl_from_base: float,
+) -> Measured:
+    """A variant's figures from the summed losses of variant and base over `predicted` tokens."""
+    if name == "base":
+        # KL(reference ‖ base) is not measured: base runs before the reference exists.
+        return Measured(name, _exp(base / predicted), 0.0, math.nan, 0.0)
+    return Measured(
+        name=name,
+        perplexity=_exp(loss / predicted),
+        against_base=_exp((loss - base) / predicted) - 1.0,
+        kl_from_reference=kl_from_reference,
+        kl_from_base=kl_from_base,
+    )
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))
+
+
+def batches(sequences: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list[Sequence[int]]]:
+    """Sequences of similar length together, as many as the logits' memory allows."""
+    budget = max(1, LOGITS_BUDGET // vocabulary)
+    batch: list[Sequence[int]] = []
+    for sequence in sorted(sequences, key=len, reverse=True):
+        if batch and (len(batch) + 1) * len(batch[0]) > budget:
+            yield batch
+            batch = []
+        batch.append(sequence)
+    if batch:
+        yield batch
+
+
+def unmodified() -> AbstractContextManager[None]:
+    """The variant that changes nothing."""
+    return nullcontext()
+
+
+def require_quality(
+    quality: Quality, fold: str, limit: float, better: tuple[str, Measured] | None
+) -> None:
+    """Raise QualityGate when the folded perplexity exceeds base by more than `limit`.
+
+    better: another fold's name and measurement, when it would have passed or done better.
+    """
+    folded, base = quality["folded"], quality["base"]
+    if math.isfinite(folded.perplexity) and folded.against_base <= limit:
+        return
+    advice = "reduce --rate or --strength, or choose --scope first"
+    if better is not None and better[1].perplexity < folded.perplexity:
+        name, found = better
+        advice = (
+            f"--fold {name} measures {found.perplexity:.4g} ({found.against_base:+.1%}) on the "
+            "same text"
+        )
+    raise QualityGate(
+        f"the {fold} fold raises perplexity from {base.perplexity:.4g} to "
+        f"{folded.perplexity:.4g} ({folded.against_base:+.1%}, allowed {limit:+.1%}; the paper's "
+        f"reference measures {quality['reference'].perplexity:.4g}); nothing was written: "
+        f"{advice}, or write it all the same with --force."
+    )

@@ -1,0 +1,327 @@
+"""Settings scored on one loaded model: each is an edit in memory, undone exactly afterwards.
+
+What the settings have in common is computed once: the layers before the first target, base's
+log-probabilities, and the reference's for as long as the mask stays the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from surgery.errors import SurgeryError
+from surgery.folds.calibrate import sink_directions
+from surgery.folds.editing import EditedWeights, parameter_of
+from surgery.folds.fold import Edit, SinkDirection, make_edits
+from surgery.measure.quality import Batch, SharedPrefix, make_batches, measured, unmodified
+from surgery.method.mask import Mask, attention_targets
+from surgery.models.anatomy import Anatomy
+from surgery.models.observe import sink_magnitudes
+from surgery.models.reference import masked
+from surgery.patient.analysis import choose_mask
+from surgery.patient.subject import Subject, calibration_windows, heldout_windows
+from surgery.settings import Settings
+
+if TYPE_CHECKING:
+    from surgery.measure.tasks import TaskRow, TaskScorer
+
+# Log-probabilities of base, and of the reference, that are kept: so many numbers each.
+KEPT_NUMBERS = 256_000_000
+
+
+class Touched(SurgeryError):
+    """The model did not come back from an edit as it was."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The model in memory is not what it was before the sweep, so the figures cannot be "
+            "trusted; please report this."
+        )
+
+
+Context = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one setting did on the held-out text.
+
+    against_base: perplexity relative to base, minus 1. KL in nats per position, against the
+    paper's reference with the same mask and against base. dimensions: in S, per layer. seconds:
+    what scoring took. task_error: mean over the tasks of 1 minus the score (of the score itself
+    where lower is better), each task by its first metric; None without tasks.
+    """
+
+    perplexity: float
+    against_base: float
+    kl_from_reference: float
+    kl_from_base: float
+    reference_perplexity: float
+    base_perplexity: float
+    target_layers: tuple[int, ...]
+    dimensions: int
+    tokens: int
+    seconds: float
+    tasks: tuple[TaskFigure, ...] = ()
+    task_error: float | None = None
+    base_task_error: float | None = None
+
+
+@dataclass(frozen=True)
+class TaskFigure:
+    """A task's score with the edit, and its difference from base with the 95 % interval."""
+
+    task: str
+    metric: str
+    documents: int
+    score: float
+    base: float
+    difference: float
+    low: float
+    high: float
+    verdict: str
+
+
+class Kept:
+    """One variant's log-probabilities and losses by batch, kept as far as memory is meant to go."""
+
+    def __init__(self, make: Callable[[int], torch.Tensor], batches: list[Batch]) -> None:
+        self._make, self._batches = make, batches
+        self._logs: dict[int, torch.Tensor] = {}
+        self._losses: dict[int, float] = {}
+        self._room = KEPT_NUMBERS
+
+    def logs(self, number: int) -> torch.Tensor:
+        """Log-probabilities of a batch, made again where there was no room to keep them."""
+        logs = self._logs.get(number)
+        if logs is None:
+            logs = self._make(number)
+            if number not in self._losses:
+                self._losses[number] = self._batches[number].loss(logs)
+            if logs.numel() <= self._room:
+                self._room -= logs.numel()
+                self._logs[number] = logs
+        return logs
+
+    @property
+    def loss(self) -> float:
+        """Summed loss of all batches, in nats; each batch was asked for before."""
+        return sum(self._losses[number] for number in range(len(self._batches)))
+
+
+class Scorer:
+    """A loaded model, what all settings share, and proof that the model stays what it is."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        anatomy: Anatomy,
+        layer: int,
+        common: Settings,
+        text: str | None,
+        tasks: TaskScorer | None = None,
+    ) -> None:
+        """layer: the ME Layer. common: everything but the settings that are swept."""
+        self._tasks = tasks
+        self._subject, self._anatomy, self._common, self._layer = subject, anatomy, common, layer
+        model = subject.model
+        self._every_target = attention_targets(layer, anatomy.attends, "all")
+        stop = self._every_target[0]
+        sequences = heldout_windows(subject, common.check_tokens, text=text)
+        device = next(model.parameters()).device
+        vocabulary = model.config.get_text_config().vocab_size
+        self._batches = list(make_batches(sequences, vocabulary, device))
+        self._positions = sum(batch.positions for batch in self._batches)
+        self._predicted = sum(batch.predicted for batch in self._batches)
+        self._prefix = SharedPrefix(model, anatomy, stop)
+        self._calibration_prefix = SharedPrefix(model, anatomy, stop)
+        self._calibrated = False
+        self._base = Kept(self._base_logs, self._batches)
+        self._reference: tuple[Mask, Kept] | None = None
+        self._recorded: set[int] = set()
+        self._magnitudes: dict[int, NDArray[np.float64]] | None = None
+        self._whole_sink: SinkDirection | None = None
+        self._sums: dict[str, int] = {}
+        self.parameters = hash_parameters(model)
+
+    def score(self, settings: Settings) -> Figures:
+        """The figures that the quality gate of `convert` would show for these settings."""
+        start = time.perf_counter()
+        model, checkpoint = self._subject.model, self._subject.checkpoint
+        targets = attention_targets(self._layer, self._anatomy.attends, settings.scope)
+        mask = choose_mask(self._subject, self._anatomy, targets, settings, self._ranks(settings))
+        plain = make_edits(self._anatomy, mask, "qkv" if settings.fold == "sink" else settings.fold)
+        self._remember(plain)  # the tensors alone count here, and sink edits those of qkv
+        edits = plain
+        if settings.fold == "sink":
+            edits = make_edits(self._anatomy, mask, "sink", self._sinks(mask))
+        weights = EditedWeights(model, self._anatomy, checkpoint, edits)
+        reference = self._reference_of(mask)
+        loss = from_reference = from_base = 0.0
+        for number, batch in enumerate(self._batches):
+            known = self._base.logs(number)
+            logs = self._run(number, weights.active)
+            loss += batch.loss(logs)
+            from_base += batch.divergence(known, logs)
+            del known
+            from_reference += batch.divergence(reference.logs(number), logs)
+        rows = self._tasks.score(weights.active) if self._tasks is not None else ()
+        self._require_restored(plain)
+        base, predicted, positions = self._base.loss, self._predicted, self._positions
+        folded = measured(
+            "folded", loss, base, predicted, from_reference / positions, from_base / positions
+        )
+        return Figures(
+            perplexity=folded.perplexity,
+            against_base=folded.against_base,
+            kl_from_reference=folded.kl_from_reference,
+            kl_from_base=folded.kl_from_base,
+            reference_perplexity=measured(
+                "reference", reference.loss, base, predicted, 0.0, 0.0
+            ).perplexity,
+            base_perplexity=measured("base", base, base, predicted, 0.0, 0.0).perplexity,
+            target_layers=mask.layers,
+            dimensions=len(mask.dimensions[mask.layers[0]]),
+            tokens=positions,
+            seconds=time.perf_counter() - start,
+            **task_figures(rows),
+        )
+
+    def require_untouched(self) -> None:
+        """Raise Touched unless every parameter holds the bytes it held at the start."""
+        if hash_parameters(self._subject.model) != self.parameters:
+            raise Touched
+
+    def _run(self, number: int, variant: Context) -> torch.Tensor:
+        with torch.inference_mode(), variant(), self._prefix.replay(number):
+            return self._batches[number].log_probabilities(self._subject.model)
+
+    def _base_logs(self, number: int) -> torch.Tensor:
+        if number in self._recorded:
+            return self._run(number, unmodified)
+        with torch.inference_mode(), self._prefix.record(number):
+            logs = self._batches[number].log_probabilities(self._subject.model)
+        self._recorded.add(number)
+        return logs
+
+    def _reference_of(self, mask: Mask) -> Kept:
+        if self._reference is None or self._reference[0] != mask:
+
+            def make(number: int) -> torch.Tensor:
+                return self._run(
+                    number, lambda: masked(self._subject.model, self._anatomy, mask, "first")
+                )
+
+            self._reference = None  # the old one's memory is free before the new one's is needed
+            self._reference = (mask, Kept(make, self._batches))
+        return self._reference[1]
+
+    def _ranks(self, settings: Settings) -> dict[int, NDArray[np.float64]] | None:
+        """What `activation` ranks by, the same for every rate and scope."""
+        if settings.select == "activation" and self._magnitudes is None:
+            self._magnitudes = sink_magnitudes(
+                self._subject.model,
+                self._anatomy,
+                self._every_target,
+                calibration_windows(self._subject, self._common),
+            )
+        return self._magnitudes if settings.select == "activation" else None
+
+    def _sinks(self, mask: Mask) -> dict[int, SinkDirection]:
+        first = self._every_target[0]
+        if mask.layers != (first,):
+            return self._calibrate(mask)
+        if self._whole_sink is None:
+            # Nothing is edited before the first target, so its direction depends on S only in
+            # which entries of the center are used: all of them are kept here.
+            every = Mask(
+                mask.hidden_size, mask.select, 1.0, {first: tuple(range(mask.hidden_size))}
+            )
+            self._whole_sink = self._calibrate(every)[first]
+        whole = self._whole_sink
+        return {first: SinkDirection(whole.center[list(mask.dimensions[first])], whole.detector)}
+
+    def _calibrate(self, mask: Mask) -> dict[int, SinkDirection]:
+        prefix = self._calibration_prefix
+        with prefix.replay() if self._calibrated else prefix.record():
+            directions, _ = sink_directions(
+                self._subject.model,
+                self._anatomy,
+                self._subject.checkpoint,
+                mask,
+                calibration_windows(self._subject, self._common),
+            )
+        self._calibrated = True
+        return directions
+
+    def _remember(self, edits: tuple[Edit, ...]) -> None:
+        """Sums of the tensors that are about to be edited for the first time."""
+        for edit in edits:
+            if edit.tensor not in self._sums:
+                parameter = parameter_of(self._subject.model, self._anatomy, edit)
+                self._sums[edit.tensor] = sum_of_bytes(parameter)
+
+    def _require_restored(self, edits: tuple[Edit, ...]) -> None:
+        for edit in edits:
+            parameter = parameter_of(self._subject.model, self._anatomy, edit)
+            if sum_of_bytes(parameter) != self._sums[edit.tensor]:
+                raise Touched
+
+
+def task_figures(rows: Sequence[TaskRow]) -> dict[str, Any]:
+    """The fields of `Figures` that are about tasks, from the rows of "base" and "edited"."""
+    if not rows:
+        return {}
+    first = {row.task: row for row in reversed(rows)}
+    chosen = [first[task] for task in dict.fromkeys(row.task for row in rows)]
+
+    def error(name: str) -> float:
+        scores = [(row.variants[name].mean, row.higher_is_better) for row in chosen]
+        return sum(1.0 - mean if higher else mean for mean, higher in scores) / len(scores)
+
+    figures = []
+    for row in chosen:
+        edited = row.variants["edited"]
+        change = edited.difference
+        assert change is not None
+        figures.append(
+            TaskFigure(
+                row.task,
+                row.metric,
+                row.n,
+                edited.mean,
+                row.variants["base"].mean,
+                change.difference,
+                change.low,
+                change.high,
+                change.verdict,
+            )
+        )
+    return {
+        "tasks": tuple(figures),
+        "task_error": error("edited"),
+        "base_task_error": error("base"),
+    }
+
+
+def sum_of_bytes(parameter: torch.Tensor) -> int:
+    """The sum of a tensor's 16-bit words: cheap, on its own device."""
+    return int(parameter.detach().contiguous().view(torch.int16).sum(dtype=torch.int64))
+
+
+def hash_parameters(model: Any) -> str:
+    """sha256 over every parameter's name and bytes."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode())
+        words = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(memoryview(words.numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,251 @@
+"""Loading models and tokenizers through transformers, quietly and on the right device."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, first_line
+from surgery.files.checkpoint import Origin, open_checkpoint, read_json
+from surgery.models.anatomy import is_multimodal
+
+if TYPE_CHECKING:
+    import torch
+
+    from surgery.files.checkpoint import Checkpoint
+
+AutoClass = Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"]
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device to analyse on: the given one, else CUDA where it is, else the CPU."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # which the meta device, for one, cannot
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0] if str(error) else "unavailable"
+        raise BadSettings(f"The device {name!r} cannot be used: {first}") from error
+    return device
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' own progress bars and warnings off, for the time of the block."""
+    from transformers.utils import logging as library
+
+    level, bars = library.get_verbosity(), library.is_progress_bar_enabled()
+    library.set_verbosity_error()
+    library.disable_progress_bar()
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)
+        library.set_verbosity(level)
+        if bars:
+            library.enable_progress_bar()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made in this block have real buffers (small) and parameters without memory."""
+    import torch
+
+    register = torch.nn.Module.register_parameter
+
+    def without_memory(module: torch.nn.Module, name: str, parameter: Any) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            kept = module._parameters[name]
+            assert kept is not None
+            module._parameters[name] = torch.nn.Parameter(kept.to("meta"), requires_grad=False)
+
+    try:  # transformers 4 would give some parameters their values
+        from transformers.modeling_utils import no_init_weights
+    except ImportError:
+        no_init_weights = nullcontext
+    torch.nn.Module.register_parameter = without_memory  # type: ignore[method-assign, assignment]
+    try:
+        with no_init_weights():
+            yield
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def on_meta(auto: Any, config: Any, **options: Any) -> Any:
+    """A model on the meta device, also where its constructor computes with values."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config, **options)
+    except (RuntimeError, NotImplementedError):
+        with parameters_on_meta():
+            return auto.from_config(config, **options).to("meta")
+
+
+def require_stored(config: Any, stored: int, where: Path, **options: Any) -> None:
+    """Raise BadCheckpoint where a configuration describes far more parameters than are stored.
+
+    transformers takes memory for all of them before it compares shapes.
+    """
+    model = on_meta(auto_class(config), config, **options)
+    described = sum(parameter.numel() for parameter in model.parameters())
+    if described > 2 * stored:  # tied ones are stored once
+        raise BadCheckpoint(
+            f"The configuration of {where} describes {described:,} parameters, but it holds only "
+            f"{stored:,}."
+        )
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration in a folder; BadCheckpoint when transformers cannot load it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        raise BadCheckpoint(f"transformers cannot load {folder}: {first_line(error)}") from error
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: str = "float32",
+    device: torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The causal LM in a folder, in evaluation mode.
+
+    Raises BadCheckpoint when transformers cannot load it or finds weights missing.
+    """
+    import torch
+
+    refuse_remote_code(folder, trust_remote_code)
+    with quiet():
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+        try:
+            require_stored(config, _stored(folder), folder, trust_remote_code=trust_remote_code)
+            model, info = auto_class(config).from_pretrained(
+                folder,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                local_files_only=True,
+            )
+        except SurgeryError:
+            raise
+        except Exception as error:
+            first = first_line(error)
+            raise BadCheckpoint(f"transformers cannot load {folder}: {first}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise BadCheckpoint(f"{folder} lacks weights the model needs, such as {missing[0]}.")
+    return model.to(device).eval() if device is not None else model.eval()
+
+
+def _stored(folder: Path) -> int:
+    """How many parameters a checkpoint in a folder can hold."""
+    checkpoint = open_checkpoint(folder, Origin("directory", folder.name, str(folder)))
+    if "quantization_config" in checkpoint.config:  # several to a number, a bit each at the least
+        return 8 * checkpoint.size
+    return sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+
+
+def auto_class(config: Any) -> Any:
+    """The transformers class that loads a configuration.
+
+    For multimodal models that are not registered as causal LMs, the class for images and text:
+    given text alone, it is a causal LM all the same.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    causal = _made_from(AutoModelForCausalLM, config)
+    if not causal and type(config) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def auto_class_name(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> AutoClass:
+    """The name of the transformers class that loads a checkpoint.
+
+    Raises BadCheckpoint when transformers does not know its configuration.
+    """
+    config = checkpoint.config
+    conditional = "ForConditionalGeneration" in str(config.get("architectures"))
+    # Importing transformers takes longer than converting a small model of text.
+    if "auto_map" in config or not (is_multimodal(config) or conditional):
+        return "AutoModelForCausalLM"
+    with quiet():
+        found = auto_class(load_config(checkpoint.folder, trust_remote_code=trust_remote_code))
+    if found.__name__ == "AutoModelForCausalLM":
+        return "AutoModelForCausalLM"
+    return "AutoModelForImageTextToText"
+
+
+def _made_from(auto: Any, config: Any) -> bool:
+    """Whether a class makes models from this configuration, rather than from a part of it."""
+    mapping = auto._model_mapping
+    if type(config) not in mapping:
+        return False
+    return getattr(mapping[type(config)], "config_class", None) in (None, type(config))
+
+
+def refuse_remote_code(folder: Path, trusted: bool) -> None:
+    """Raise BadSettings for a checkpoint that brings its own code, unless it was asked for."""
+    if "auto_map" in read_json(folder / "config.json") and not trusted:
+        raise BadSettings(
+            f"{folder} brings its own Python code (auto_map), which would run on this machine; "
+            "read it, and give --trust-remote-code if you trust it."
+        )
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder; BadCheckpoint when there is none that loads."""
+    from transformers import AutoTokenizer
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+        except Exception as error:
+            first = first_line(error)
+            raise BadCheckpoint(f"The tokenizer in {folder} cannot be loaded: {first}") from error
+
+
+def require_finite(model: Any) -> None:
+    """Raise BadCheckpoint where a loaded weight is not a finite number."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            raise BadCheckpoint(
+                f"{name} holds values that are not finite; the checkpoint is damaged."
+            )
+
+
+def longest_context(config: Any, wanted: int) -> int:
+    """`wanted`, or less where the model takes fewer positions."""
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return min(wanted, value)
+    return wanted

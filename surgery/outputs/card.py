@@ -1,0 +1,263 @@
+"""The model card, rendered from the manifest: no figure in it that the manifest does not hold."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.files import plain_yaml
+from surgery.files.resources import resource_folder
+from surgery.outputs.manifest import Manifest
+from surgery.outputs.plan import UNDO
+from surgery.outputs.results import card_words, model_index
+from surgery.outputs.training_record import training_words
+
+# Metadata that describes the base and stays true of an edited copy.
+_INHERITED = ("license", "license_name", "license_link", "language", "datasets", "inference")
+_TAGS = ("wemask", "surgery", "massive-activations")
+
+_FOLD_WORDS = {
+    "norm": (
+        "**The `norm` fold** sets the gain of the pre-attention norm to zero in these dimensions. "
+        "It reaches **every token**, in every position. The paper masks the sink token alone, so "
+        "this is a stronger edit than the paper's.{measured}"
+    ),
+    "qkv": (
+        "**The `qkv` fold** sets the input columns of the attention's linears to zero in these "
+        "dimensions. It reaches **every token**, in every position. The paper masks the sink token "
+        "alone, so this is a stronger edit than the paper's.{measured}"
+    ),
+    "sink": (
+        "**The `sink` fold** adds a rank-one term, W ← W − γ (W (m ⊙ c)) vᵀ, to the attention's "
+        "linears. It reaches the **massive (sink) token, and tokens that look like it**: that is "
+        "the paper's mask in plain weights, up to a small leak.{measured}"
+    ),
+}
+_SELECT_WORDS = {
+    "weight": "the largest norm gains, as in the paper",
+    "activation": "the sink token's largest activations; the paper reports this choice as harmful",
+    "random": "chosen at random, as a control",
+}
+_LABELS = {
+    "base": "base",
+    "reference": "the paper's reference (hook)",
+    "folded": "**this checkpoint**",
+}
+
+
+def front_matter(path: Path) -> dict[str, Any]:
+    """The YAML metadata of a card; empty when there is none or it is not valid."""
+    if not path.is_file():
+        return {}
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---"):
+        return {}
+    block = text[3:].split("\n---", 1)[0]
+    try:
+        loaded = plain_yaml.load(block, as_the_hub=True)
+    except ValueError:
+        return {}
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def card_metadata(manifest: Manifest, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The card's metadata: the base's licence, language and so on, and where this came from.
+
+    The base's `model-index` is left out: its scores were not measured on this checkpoint.
+    """
+    adapter = manifest.settings.get("form") == "adapter"
+    found: dict[str, Any] = {key: base[key] for key in _INHERITED if key in base}
+    if manifest.base.kind == "hub" or "/" in manifest.base.name:
+        found["base_model"] = manifest.base.name
+    elif manifest.base.note:
+        found["base_model"] = manifest.base.note.split(" ", 1)[0]
+        found.setdefault("license", "apache-2.0")
+    elif isinstance(base.get("base_model"), str):
+        found["base_model"] = base["base_model"]
+    if "base_model" in found:
+        found["base_model_relation"] = "adapter" if adapter else "finetune"
+    found["library_name"] = "peft" if adapter else "transformers"
+    found["pipeline_tag"] = "text-generation"
+    inherited = base.get("tags")
+    tags = [str(tag) for tag in inherited] if isinstance(inherited, list) else []
+    found["tags"] = list(dict.fromkeys([*tags, *_TAGS]))
+    return found
+
+
+def command_line(settings: Mapping[str, Any]) -> str:
+    """The command that makes this checkpoint again."""
+    defaults = {
+        "rate": 0.1,
+        "scope": "first",
+        "fold": "norm",
+        "select": "weight",
+        "strength": 1.0,
+        "seed": 0,
+        "dtype": "float32",
+        "max_degradation": 0.1,
+    }
+    words = ["surgery", "convert", shlex.quote(str(settings["model"]))]
+    words += ["--rate", f"{settings['rate']:g}", "--scope", str(settings["scope"])]
+    for name, default in defaults.items():
+        value = settings.get(name, default)
+        if name not in ("rate", "scope") and value != default:
+            words += [f"--{name.replace('_', '-')}", f"{value}"]
+    for name in ("revision", "layer", "calibration", "check_tokens", "calibration_tokens"):
+        value = settings.get(name)
+        if value is not None and value != _UNSPOKEN.get(name):
+            words += [f"--{name.replace('_', '-')}", shlex.quote(str(value))]
+    if settings.get("layers") is not None:
+        words += ["--layers", ",".join(str(layer) for layer in settings["layers"])]
+    if not settings.get("check", True):
+        words.append("--no-check")
+    if settings.get("form", "checkpoint") != "checkpoint":
+        words += ["--as", str(settings["form"])]
+    if settings.get("undo_file"):
+        words.append("--undo-file")
+    if settings.get("force"):
+        words.append("--force")
+    if settings.get("trust_remote_code"):
+        words.append("--trust-remote-code")
+    return " ".join(words)
+
+
+_UNSPOKEN = {"check_tokens": 4096, "calibration_tokens": 4096}
+
+
+def render_card(manifest: Manifest, base: Mapping[str, Any], *, figure: bool) -> str:
+    """The card as Markdown. base: the base card's metadata."""
+    import yaml
+    from jinja2.sandbox import SandboxedEnvironment
+
+    form = manifest.settings.get("form", "checkpoint")
+    name = "adapter_card.md.jinja" if form == "adapter" else "model_card.md.jinja"
+    template = (resource_folder("hub_cards") / name).read_text(encoding="utf-8")
+    environment = SandboxedEnvironment(
+        autoescape=False, keep_trailing_newline=True, trim_blocks=True
+    )
+    words = _words(manifest, figure)
+    metadata = card_metadata(manifest, base)
+    if manifest.results is not None and manifest.results["tasks"]:
+        metadata["model-index"] = model_index(manifest.results, words["title"])
+    text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)
+    return environment.from_string(template).render(metadata=text, **words)
+
+
+def _words(manifest: Manifest, figure: bool) -> dict[str, Any]:
+    settings, emergence = manifest.settings, manifest.emergence or {}
+    targets = sorted(manifest.dimensions)
+    k = len(manifest.dimensions[targets[0]])
+    base_name = manifest.base.name
+    on_hub = manifest.base.kind == "hub"
+    if manifest.base.note:
+        base_name = manifest.base.note.split(" ", 1)[0]
+        on_hub = True
+    name = f"{base_name.rsplit('/', 1)[-1]}-WeMask"
+    return {
+        "title": name,
+        "base_name": base_name,
+        "base_link": f"https://huggingface.co/{base_name}" if on_hub else base_name,
+        "layer": emergence.get("layer"),
+        "magnification": _short(emergence.get("magnification")) if emergence.get("rows") else "",
+        "given": emergence.get("found_by") == "given",
+        "target_words": _target_words(targets),
+        "k": k,
+        "hidden_size": manifest.hidden_size,
+        "strength": f"{manifest.strength:g}",
+        "rate_words": f"rate {settings['rate']:g}",
+        "select_words": _SELECT_WORDS[settings["select"]],
+        "strength_words": _strength_words(settings["fold"], manifest.strength),
+        "fold_words": _FOLD_WORDS[settings["fold"]].format(
+            measured=" The table below says by how much on this model." if manifest.quality else ""
+        ),
+        "edited_words": _edited_words(len(manifest.edits)),
+        "training": training_words(manifest.training) if manifest.training else "",
+        "quality": _quality_words(manifest.quality),
+        "dtype": settings.get("dtype", "float32"),
+        "forced": bool((manifest.quality or {}).get("forced")),
+        "limit": f"{settings.get('max_degradation', 0.1):+.0%}",
+        "leak": _leak_words(manifest),
+        "verification": manifest.verification,
+        "results": card_words(manifest.results),
+        "figure": figure,
+        "auto_class": manifest.auto_class,
+        "load_name": settings.get("push_to_hub") or f"path/to/{name}",
+        "command": command_line(settings),
+        "undo_words": _undo_words(manifest),
+        "recipe": (manifest.training or {}).get("recipe", {}).get("name"),
+        "base_citation": on_hub,
+    }
+
+
+def _target_words(targets: list[int]) -> str:
+    if len(targets) == 1:
+        return f"layer {targets[0]}"
+    if targets == list(range(targets[0], targets[-1] + 1)):
+        return f"layers {targets[0]} to {targets[-1]}"
+    return f"layers {', '.join(str(layer) for layer in targets)}"
+
+
+def _edited_words(count: int) -> str:
+    if count == 0:
+        return "No tensor of the base model was changed"
+    return f"{count} of the base model's tensors {'was' if count == 1 else 'were'} changed"
+
+
+def _strength_words(fold: str, strength: float) -> str:
+    if strength == 1.0:
+        return "masked"
+    return f"weakened by a strength of {strength:g}"
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+
+
+def _quality_words(quality: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if quality is None:
+        return None
+    rows = [
+        {
+            "label": _LABELS.get(row["name"], row["name"]),
+            "perplexity": _short(row["perplexity"]),
+            "against_base": f"{row['against_base']:+.1%}" if row["name"] != "base" else "–",
+            "kl_from_reference": _short(row["kl_from_reference"]),
+            "kl_from_base": _short(row["kl_from_base"]),
+        }
+        for row in quality["variants"]
+    ]
+    return {"tokens": quality["tokens"], "sequences": quality["sequences"], "rows": rows}
+
+
+def _leak_words(manifest: Manifest) -> str:
+    leaks = [record.leak for record in manifest.sinks.values()]
+    if not leaks:
+        return ""
+    text = (manifest.quality or {}).get("leak_text", "calibration text")
+    return (
+        f"Leak of the sink detector v on {text}, worst over the target layers: "
+        f"|v·x| on ordinary tokens {max(leak['ordinary_rms'] for leak in leaks):.3g} (rms), "
+        f"{max(leak['ordinary_largest'] for leak in leaks):.3g} (largest); on sink tokens v·x is "
+        f"at least {min(leak['sink_smallest'] for leak in leaks):.3g} (1 is exact)."
+    )
+
+
+def _undo_words(manifest: Manifest) -> str:
+    if all(record.original is not None for record in manifest.edits):
+        return (
+            "`surgery.json` holds the original values of every changed tensor: "
+            "`surgery revert DIR --output BASE` restores the base model byte for byte."
+        )
+    if manifest.settings.get("undo_file"):
+        return (
+            f"`{UNDO}` holds what the edit overwrote: `surgery revert DIR --output BASE` restores "
+            "the base model byte for byte."
+        )
+    return (
+        "The edit overwrites weights, so undoing it means going back to the base model: "
+        f"{manifest.base.name}{'@' + manifest.base.commit if manifest.base.commit else ''}."
+    )

@@ -1,0 +1,242 @@
+"""Proving a written checkpoint: its bytes against base and manifest, its function against hooks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from surgery.errors import BadCheckpoint, SurgeryError, VerificationFailed
+from surgery.files.checkpoint import Checkpoint, Origin, check_links, open_checkpoint
+from surgery.folds.fold import Edit
+from surgery.outputs.manifest import FileRecord
+from surgery.outputs.plan import GENERATED
+from surgery.outputs.write import edited_blocks
+
+_STEP = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was tested, whether it held, and what was seen."""
+
+    name: str
+    passed: bool
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All checks of one checkpoint."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def require(self) -> None:
+        """Raise VerificationFailed, naming the first check that did not hold."""
+        for check in self.checks:
+            if not check.passed:
+                raise VerificationFailed(f"verification failed: {check.name}: {check.detail}.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
+
+
+def checked(name: str, test: Callable[[], str]) -> Check:
+    """Run a test that returns a detail, or raises SurgeryError with what is wrong."""
+    try:
+        return Check(name, True, test())
+    except SurgeryError as error:
+        return Check(name, False, str(error).rstrip("."))
+
+
+def verify_structure(base: Checkpoint, folder: Path) -> Check:
+    """Index against headers; names, shapes, dtypes and files against the base."""
+
+    def test() -> str:
+        written = open_checkpoint(folder, Origin("directory", folder.name, str(folder)))
+        if set(written.tensors) != set(base.tensors):
+            strange = next(iter(set(written.tensors) ^ set(base.tensors)))
+            raise BadCheckpoint(f"the tensor {strange} is in one of base and output only")
+        for name, entry in base.tensors.items():
+            if written.tensors[name] != entry:
+                raise BadCheckpoint(f"{name} has another dtype, shape or place than in the base")
+        return f"{len(base.tensors)} tensors in {len(base.weight_files)} file(s)"
+
+    return checked("names, shapes, dtypes and index are the base's", test)
+
+
+def verify_edits(base: Checkpoint, folder: Path, edits: Sequence[Edit]) -> Check:
+    """Every edited tensor equals the edit, recomputed from the base."""
+
+    def test() -> str:
+        for edit in edits:
+            entry = base.tensors[edit.tensor]
+            with (
+                open(base.folder / entry.file, "rb") as source,
+                open(folder / entry.file, "rb") as written,
+            ):
+                for position, block in edited_blocks(source.fileno(), entry, edit):
+                    if os.pread(written.fileno(), len(block), position) != bytes(block):
+                        raise BadCheckpoint(f"{edit.tensor} is not what the edit gives")
+        return f"{len(edits)} tensors recomputed"
+
+    return checked("every edited tensor equals the edit recomputed from the base", test)
+
+
+def verify_untouched(base: Checkpoint, folder: Path, edits: Sequence[Edit]) -> Check:
+    """All other tensors and all side files are byte-identical to the base."""
+
+    def test() -> str:
+        ranges: dict[str, list[tuple[int, int]]] = {}
+        for edit in edits:
+            entry = base.tensors[edit.tensor]
+            ranges.setdefault(entry.file, []).append((entry.begin, entry.end))
+        compared = 0
+        for name in (*base.weight_files, *base.side_files):
+            if name in GENERATED:
+                continue
+            skip = sorted(ranges.get(name, []))
+            compared += _compare_files(base.folder / name, folder / name, skip)
+        carried = {*base.weight_files, *base.side_files, *GENERATED}
+        present = {
+            (Path(root) / file).relative_to(folder).as_posix()
+            for root, _directories, files in os.walk(folder)
+            for file in files
+        }
+        strange = sorted(name for name in present - carried if not name.startswith(".cache/"))
+        if strange:
+            raise BadCheckpoint(f"the output has a file the base has not: {strange[0]}")
+        return f"{compared / 1e6:.1f} MB compared"
+
+    return checked("every other tensor and side file is byte-identical to the base", test)
+
+
+def _compare_files(source: Path, written: Path, skip: list[tuple[int, int]]) -> int:
+    """Bytes compared; BadCheckpoint at the first difference outside the skipped ranges."""
+    try:
+        size = source.stat().st_size
+        if written.stat().st_size != size:
+            raise BadCheckpoint(f"{written.name} has another length than in the base")
+        compared = 0
+        with open(source, "rb") as one, open(written, "rb") as other:
+            position = 0
+            for begin, end in [*skip, (size, size)]:
+                while position < begin:
+                    count = min(_STEP, begin - position)
+                    left = os.pread(one.fileno(), count, position)
+                    if left != os.pread(other.fileno(), count, position) or not left:
+                        raise BadCheckpoint(
+                            f"{written.name} differs from the base near byte {position}"
+                        )
+                    position += len(left)
+                    compared += len(left)
+                position = max(position, end)
+        return compared
+    except OSError as error:
+        raise BadCheckpoint(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def verify_files(folder: Path, files: Sequence[FileRecord]) -> Check:
+    """sha256 of every file against the manifest."""
+    from surgery.patient.source import file_sha256
+
+    def test() -> str:
+        check_links(folder, [record.name for record in files])
+        for record in files:
+            path = folder / record.name
+            if not path.is_file():
+                raise BadCheckpoint(f"{record.name} is missing")
+            if file_sha256(path) != record.sha256:
+                raise BadCheckpoint(f"{record.name} has another sha256 than the manifest says")
+        return f"{len(files)} files"
+
+    return checked("every file has the manifest's sha256", test)
+
+
+def verify_originals(base: Checkpoint, originals: Mapping[str, bytes]) -> Check:
+    """The original values kept in the manifest are the base's."""
+
+    def test() -> str:
+        for name, raw in originals.items():
+            if base.read(name).tobytes() != raw:
+                raise BadCheckpoint(f"the original values of {name} are not the base's")
+        return f"{len(originals)} tensors"
+
+    return checked("original values kept for undoing are the base's", test)
+
+
+def verify_behaviour(
+    base_logits: Any,
+    reference_logits: Any,
+    folder: Path,
+    ids: Any,
+    real: Any,
+    *,
+    fold: str,
+    exact: bool,
+    inexact_because: str,
+    dtype: str,
+    device: Any,
+    trust_remote_code: bool = False,
+) -> list[Check]:
+    """Stock load, finite logits, and logits against the reference.
+
+    reference_logits: the base under hooks, [B, T, vocabulary], on the same tokens: masked on every
+    token for `norm` and `qkv`, on the first token for `sink`. exact: whether they must be
+    bit-equal. Raises BadCheckpoint when the checkpoint does not load.
+    """
+    import torch
+
+    from surgery.models.loading import load_model
+
+    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    checks = [Check("stock transformers loads it, no weight missing", True, type(model).__name__)]
+    with torch.inference_mode():
+        logits = model(
+            input_ids=ids.to(device), attention_mask=real.long().to(device), use_cache=False
+        ).logits[real.to(device)]
+    del model
+    finite = bool(torch.isfinite(logits).all())
+    checks.append(Check("logits are finite", finite, f"{logits.shape[0]} tokens"))
+    if fold == "sink":
+        distance = divergence(reference_logits, logits)
+        checks.append(
+            Check(
+                "logits against the paper's mask (hook on the first token)",
+                bool(np.isfinite(distance)),
+                f"KL(reference ‖ this) {distance:.2e} nats per token; "
+                f"KL(reference ‖ base) {divergence(reference_logits, base_logits):.2e}",
+            )
+        )
+        return checks
+    name = "logits equal the base under a hook that masks every token"
+    difference = float((logits.double() - reference_logits.double()).abs().max())
+    if torch.equal(logits, reference_logits):
+        checks.append(Check(name, True, f"bit-equal in {dtype}"))
+    else:
+        largest = float(reference_logits.double().abs().max())
+        tolerance = 0.02 * largest
+        checks.append(
+            Check(
+                name,
+                not exact and difference <= tolerance,
+                f"largest difference {difference:.2e} (largest logit {largest:.3g})"
+                + (f"; {inexact_because}" if not exact else ", expected bit-equality"),
+            )
+        )
+    return checks
+
+
+def divergence(known: Any, other: Any) -> float:
+    """KL(known ‖ other) in nats per token, of logits [tokens, vocabulary]."""
+    logs, others = known.float().log_softmax(-1), other.float().log_softmax(-1)
+    return float((logs.exp() * (logs - others)).sum(-1).double().mean())

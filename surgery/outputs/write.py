@@ -1,0 +1,309 @@
+"""Writing a plan: copy, patch in place, hash, and appear under the final name only when whole.
+
+Memory is bounded by one block of one edited tensor, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from surgery.errors import BadCheckpoint
+from surgery.files import dtypes
+from surgery.files.checkpoint import Checkpoint, TensorEntry
+from surgery.files.staging import replacing
+from surgery.folds.fold import Edit
+from surgery.outputs.plan import FilePlan, Plan, check_output
+
+# One step of copying. Small enough that hashing, which follows a step behind, finds the bytes in
+# cache; large enough that the system calls do not count.
+STEP = 8 * 1024 * 1024
+_READ = 1024 * 1024
+_FICLONE = 0x40049409  # Linux: share the extents of another file (reflink)
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Written:
+    """One written file: sha256 of its bytes, and of the source's where they differ."""
+
+    name: str
+    size: int
+    sha256: str
+    source_sha256: str
+
+
+def copy_plan(plan: Plan, folder: Path, progress: Progress = lambda _bytes: None) -> list[Written]:
+    """Write every file of a plan into `folder`, in the plan's order.
+
+    Copying and hashing overlap. Raises BadCheckpoint when the source changes underneath or holds
+    values that are not finite in an edited tensor.
+    """
+    ordered = sorted(plan.files, key=lambda file: -file.size)
+    workers = max(2, min(4, os.cpu_count() or 2))
+    with ThreadPoolExecutor(workers) as pool:
+        futures = {
+            file.name: pool.submit(_write_file, plan.checkpoint, file, folder, progress)
+            for file in ordered
+        }
+        try:
+            return [futures[file.name].result() for file in plan.files]
+        except BaseException:
+            for future in futures.values():
+                future.cancel()
+            raise
+
+
+def _write_file(
+    checkpoint: Checkpoint, file: FilePlan, folder: Path, progress: Progress
+) -> Written:
+    source, target = checkpoint.folder / file.name, folder / file.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, "rb") as reader, open(target, "xb+") as writer:
+        size = file.size
+        _require_unchanged(checkpoint, file, reader.fileno())
+        patches = _Patches(checkpoint, file.edits)
+        ready = _Watermark()
+        hasher = _Hasher(reader.fileno(), writer.fileno(), size, patches.first, ready, progress)
+        hasher.start()
+        try:
+            _copy(reader.fileno(), writer.fileno(), size, patches, ready)
+        except BaseException:
+            ready.fail()
+            raise
+        finally:
+            hasher.join()
+        if hasher.error is not None:
+            raise hasher.error
+        _require_unchanged(checkpoint, file, reader.fileno())
+    return Written(file.name, size, hasher.written, hasher.source)
+
+
+def _require_unchanged(checkpoint: Checkpoint, file: FilePlan, reader: int) -> None:
+    """Raise BadCheckpoint when a source file is not the one that was planned with."""
+    now = os.fstat(reader)
+    if (now.st_size, now.st_mtime_ns) != (file.size, checkpoint.modified[file.name]):
+        raise BadCheckpoint(
+            f"{checkpoint.folder / file.name} changed while it was read; run the conversion again."
+        )
+
+
+class _Watermark:
+    """How many bytes of a file have their final value; hashing waits for it."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._position = 0
+        self.failed = False
+
+    def advance(self, position: int) -> None:
+        with self._condition:
+            self._position = position
+            self._condition.notify_all()
+
+    def fail(self) -> None:
+        with self._condition:
+            self.failed = True
+            self._condition.notify_all()
+
+    def wait_beyond(self, position: int) -> int | None:
+        """The watermark once it exceeds `position`; None when copying failed."""
+        with self._condition:
+            self._condition.wait_for(lambda: self.failed or self._position > position)
+            return None if self.failed else self._position
+
+
+class _Hasher(threading.Thread):
+    """sha256 of the written file and of its source, which are equal up to the first patch.
+
+    From there on the source is hashed beside the written file, in a second thread: an early patch
+    would otherwise double the time that a checkpoint of a single file takes.
+    """
+
+    def __init__(
+        self,
+        reader: int,
+        writer: int,
+        size: int,
+        first_patch: int,
+        ready: _Watermark,
+        progress: Progress,
+    ) -> None:
+        super().__init__(daemon=True)
+        self._reader, self._writer, self._size = reader, writer, size
+        self._first_patch, self._ready, self._progress = first_patch, ready, progress
+        self.error: BaseException | None = None
+        self.written = self.source = ""
+
+    def run(self) -> None:
+        try:
+            with ThreadPoolExecutor(1) as beside:
+                self._hash(beside)
+        except BaseException as error:
+            self.error = error
+
+    def _hash(self, beside: ThreadPoolExecutor) -> None:
+        digest, view = hashlib.sha256(), memoryview(bytearray(_READ))
+        position = available = begun = 0
+        source: Future[str] | None = None
+        while position < self._size:
+            if position == self._first_patch:
+                source = beside.submit(self._hash_source, digest.copy())
+            if position >= available:
+                watermark = self._ready.wait_beyond(position)
+                if watermark is None:
+                    return
+                available = watermark
+            end = min(position + _READ, available)
+            if source is None:
+                end = min(end, self._first_patch)
+            part = view[: end - position]
+            _read_exactly(self._writer, part, position)
+            digest.update(part)
+            self._progress(end - position)
+            position = end
+            if position - begun >= STEP:
+                _begin_write_back(self._writer, begun, position - begun)
+                begun = position
+        self.written = digest.hexdigest()
+        self.source = source.result() if source is not None else self.written
+
+    def _hash_source(self, digest: hashlib._Hash) -> str:
+        """The sha256 of the source, given that of its bytes before the first patch."""
+        view = memoryview(bytearray(_READ))
+        for position in range(self._first_patch, self._size, _READ):
+            if self._ready.failed:
+                break
+            part = view[: self._size - position]
+            _read_exactly(self._reader, part, position)
+            digest.update(part)
+        return digest.hexdigest()
+
+
+def _begin_write_back(descriptor: int, position: int, count: int) -> None:
+    """Let the disk work while more is hashed, so that the fsync in the end finds little to do.
+
+    Linux takes the advice to start writing dirty pages (these are) and to drop clean ones.
+    """
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError):  # it is only advice
+            os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
+
+
+def _read_exactly(descriptor: int, view: memoryview, position: int) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], position + done)
+        if count == 0:
+            raise BadCheckpoint(
+                "A file became shorter while it was read; run the conversion again."
+            )
+        done += count
+
+
+class _Patches:
+    """The edited tensors of one file, applied once the copy has passed them."""
+
+    def __init__(self, checkpoint: Checkpoint, edits: tuple[Edit, ...]) -> None:
+        entries = [(checkpoint.tensors[edit.tensor], edit) for edit in edits]
+        self._pending = sorted(entries, key=lambda pair: pair[0].begin)
+        self.first = self._pending[0][0].begin if self._pending else 2**63
+
+    def apply(self, reader: int, writer: int, copied: int) -> int:
+        """Patch every tensor that lies wholly below `copied`; returns how much is final."""
+        while self._pending and self._pending[0][0].end <= copied:
+            entry, edit = self._pending.pop(0)
+            for position, raw in edited_blocks(reader, entry, edit):
+                _write_exactly(writer, raw, position)
+        return min([copied, *(entry.begin for entry, _ in self._pending[:1])])
+
+
+def edited_blocks(reader: int, entry: TensorEntry, edit: Edit) -> Iterator[tuple[int, memoryview]]:
+    """Offsets and bytes of an edited tensor, computed from the source file's descriptor.
+
+    Raises BadCheckpoint where the tensor holds values that are not finite.
+    """
+    width = entry.size // max(1, entry.shape[0])
+
+    def read(block: slice) -> NDArray:
+        raw = bytearray((block.stop - block.start) * width)
+        _read_exactly(reader, memoryview(raw), entry.begin + block.start * width)
+        rows = dtypes.decode(raw, entry.dtype, (block.stop - block.start, *entry.shape[1:]))
+        if not dtypes.all_finite(rows):
+            raise BadCheckpoint(
+                f"{entry.name} holds values that are not finite; the checkpoint is damaged."
+            )
+        return rows
+
+    for block, rows in edit.blocks(entry.shape, entry.dtype, read):
+        if not dtypes.all_finite(rows):
+            raise BadCheckpoint(f"The edit of {entry.name} does not fit into {entry.dtype}.")
+        raw = np.ascontiguousarray(rows).view(np.uint8).reshape(-1)
+        yield entry.begin + block.start * width, memoryview(raw.data)
+
+
+def _write_exactly(descriptor: int, raw: memoryview, position: int) -> None:
+    done = 0
+    while done < len(raw):
+        done += os.pwrite(descriptor, raw[done:], position + done)
+
+
+def _copy(reader: int, writer: int, size: int, patches: _Patches, ready: _Watermark) -> None:
+    if _reflink(reader, writer):
+        ready.advance(patches.apply(reader, writer, size))
+        return
+    position = 0
+    copier = _copy_range
+    while position < size:
+        count = min(STEP, size - position)
+        try:
+            moved = copier(reader, writer, count, position)
+        except OSError as error:
+            unsupported = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
+            if copier is _copy_read or error.errno not in unsupported:
+                raise
+            copier = _copy_read
+            continue
+        if moved == 0:
+            raise BadCheckpoint("The source became shorter while it was read; run it again.")
+        position += moved
+        ready.advance(patches.apply(reader, writer, position))
+
+
+def _reflink(reader: int, writer: int) -> bool:
+    try:
+        fcntl.ioctl(writer, _FICLONE, reader)
+    except OSError:
+        return False
+    return True
+
+
+def _copy_range(reader: int, writer: int, count: int, position: int) -> int:
+    if not hasattr(os, "copy_file_range"):
+        raise OSError(errno.ENOSYS, "copy_file_range")
+    return os.copy_file_range(reader, writer, count, position, position)
+
+
+def _copy_read(reader: int, writer: int, count: int, position: int) -> int:
+    raw = os.pread(reader, count, position)
+    _write_exactly(writer, memoryview(raw), position)
+    return len(raw)
+
+
+@contextmanager
+def staging(output: Path, *sources: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary sibling of a checkpoint that becomes `output` when the block ends well."""
+    with replacing(output, lambda: check_output(sources, output, overwrite=overwrite)) as folder:
+        yield folder

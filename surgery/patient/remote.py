@@ -1,0 +1,118 @@
+"""A Hub model's weights as byte ranges, without downloading its files."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from surgery.errors import BadCheckpoint
+from surgery.files.checkpoint import Ranges
+from surgery.outputs.plan import FIGURE, LOSS_FIGURE
+from surgery.patient.source import hub_words
+
+# Requests under way at once; each costs a round trip, not bandwidth.
+_PARALLEL = 8
+# What describes a model, next to its weights, and what generated files take the place of.
+SMALL_FILES = [
+    *("*.json", "*.model", "*.txt", "*.jinja", "*.py"),
+    *("README.md", FIGURE, LOSS_FIGURE),
+]
+
+
+class HubRanges:
+    """Byte ranges of the files of one commit, read through huggingface_hub's file system."""
+
+    def __init__(self, repo: str, commit: str) -> None:
+        from huggingface_hub import HfFileSystem
+
+        self._files = HfFileSystem()
+        self._root = f"{repo}@{commit}"
+        self._sizes: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self.bytes_read = 0
+
+    def size(self, file: str) -> int:
+        """Bytes of a file; BadCheckpoint when the commit has none of that name."""
+        if file not in self._sizes:
+            try:
+                self._sizes[file] = int(self._files.info(f"{self._root}/{file}")["size"])
+            except OSError as error:
+                raise BadCheckpoint(f"{self._root} has no file {file}.") from error
+            except Exception as error:  # an answer of another shape
+                raise BadCheckpoint(
+                    f"Reading {self._root}/{file} failed: {hub_words(error)}"
+                ) from error
+        return self._sizes[file]
+
+    def read(self, file: str, begin: int, end: int) -> bytes:
+        """The bytes of a file from `begin` up to `end`; BadCheckpoint when they do not arrive."""
+        if begin == end:
+            return b""
+        try:
+            # Without a cache, which would read ahead by megabytes.
+            with self._files.open(f"{self._root}/{file}", "rb", cache_type="none") as opened:
+                opened.seek(begin)
+                raw: bytes = opened.read(end - begin)
+        except Exception as error:  # the file system passes on what its HTTP client raises
+            raise BadCheckpoint(
+                f"Reading {self._root}/{file} failed: {hub_words(error)}"
+            ) from error
+        if len(raw) != end - begin:
+            raise BadCheckpoint(f"{self._root}/{file} ends early on the Hub.")
+        with self._lock:
+            self.bytes_read += len(raw)
+        return raw
+
+    def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Several ranges at once, in the order asked for."""
+        with ThreadPoolExecutor(_PARALLEL) as pool:
+            return list(pool.map(lambda wanted: self.read(*wanted), ranges))
+
+
+class KeptRanges:
+    """The byte ranges of another reader, each of them read once and kept in a folder."""
+
+    def __init__(self, ranges: Ranges, folder: Path) -> None:
+        self._ranges, self._folder = ranges, folder
+        self._known: dict[str, list[tuple[int, int]]] = {}
+
+    def size(self, file: str) -> int:
+        """Bytes of a file."""
+        return self._ranges.size(file)
+
+    def read(self, file: str, begin: int, end: int) -> bytes:
+        """The bytes of a file from `begin` up to `end`."""
+        return self.read_many([(file, begin, end)])[0]
+
+    def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """Several ranges, in the order asked for; what is not kept yet is read at once."""
+        missing = [(file, *gap) for file, *wanted in ranges for gap in self._gaps(file, *wanted)]
+        for (file, begin, end), raw in zip(missing, self._ranges.read_many(missing), strict=True):
+            with open(self._path(file), "rb+") as kept:
+                kept.seek(begin)
+                kept.write(raw)
+            self._known[file].append((begin, end))
+        found = []
+        for file, begin, end in ranges:
+            with open(self._path(file), "rb") as kept:
+                kept.seek(begin)
+                found.append(kept.read(end - begin))
+        return found
+
+    def _path(self, file: str) -> Path:
+        path = self._folder / file.replace("/", "%2F")
+        path.touch()
+        return path
+
+    def _gaps(self, file: str, begin: int, end: int) -> list[tuple[int, int]]:
+        """What of a range is not kept."""
+        gaps, position = [], begin
+        for first, last in sorted(self._known.setdefault(file, [])):
+            if first > position:
+                gaps.append((position, min(first, end)))
+            position = max(position, last)
+            if position >= end:
+                return [gap for gap in gaps if gap[0] < gap[1]]
+        return [gap for gap in (*gaps, (position, end)) if gap[0] < gap[1]]
