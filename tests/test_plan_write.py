@@ -24,12 +24,13 @@ import surgery
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
 from surgery.files import dtypes
 from surgery.files.checkpoint import Checkpoint
+from surgery.files.generated import CARD, FIGURE, MANIFEST, UNDO
 from surgery.folds import fold
 from surgery.folds.fold import Edit, SinkDirection, make_edits
 from surgery.method.mask import Mask
 from surgery.models.anatomy import describe
 from surgery.outputs import write
-from surgery.outputs.plan import CARD, FIGURE, MANIFEST, UNDO, Plan, make_plan
+from surgery.outputs.plan import Plan, make_plan
 from surgery.outputs.write import copy_plan, staging
 
 Tiny = Callable[..., Path]

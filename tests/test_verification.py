@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import surgery
 from surgery.errors import BadCheckpoint, VerificationFailed
 from surgery.files.checkpoint import Checkpoint
+from surgery.files.digests import file_sha256
 from surgery.folds.fold import Edit
 from surgery.models.loading import load_model
 from surgery.outputs import verification
@@ -34,7 +35,6 @@ from surgery.outputs.verification import (
     verify_structure,
     verify_untouched,
 )
-from surgery.patient.source import file_sha256
 
 Tiny = Callable[..., Path]
 GAIN = "model.layers.4.input_layernorm.weight"

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.commands.terminal import printable, safe
+from surgery.files.generated import UNDO
 from surgery.method.locate import Emergence
-from surgery.outputs.plan import UNDO, Plan, RemotePlan
+from surgery.outputs.plan import Plan, RemotePlan
 from surgery.outputs.verification import Verification
 
 if TYPE_CHECKING:

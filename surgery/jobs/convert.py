@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import BadSettings, QualityGate, SurgeryError
 from surgery.files.checkpoint import Checkpoint, Origin
+from surgery.files.digests import file_sha256
+from surgery.files.generated import CARD, FIGURE, MANIFEST, UNDO
 from surgery.files.staging import remove_stale
 from surgery.folds.fold import Edit, SinkDirection, make_edits
 from surgery.method.locate import Emergence
@@ -28,7 +30,7 @@ from surgery.outputs.manifest import (
     versions,
     write_manifest,
 )
-from surgery.outputs.plan import CARD, FIGURE, MANIFEST, UNDO, Plan, check_output, make_plan
+from surgery.outputs.plan import Plan, check_output, make_plan
 from surgery.outputs.undo import replaced_files, undo_size, write_undo
 from surgery.outputs.verification import (
     Check,
@@ -40,8 +42,9 @@ from surgery.outputs.verification import (
 )
 from surgery.outputs.write import copy_plan, staging
 from surgery.patient.analysis import choose_mask, examine, find_emergence, given_emergence
+from surgery.patient.hub import check_downloads
 from surgery.patient.quantised import dequantised, loadable, require_editable
-from surgery.patient.source import check_downloads, file_sha256, resolve
+from surgery.patient.source import resolve
 from surgery.patient.subject import Subject, calibration_windows, heldout_windows
 from surgery.reporter import SILENT, Reporter
 from surgery.settings import Settings

@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadSettings
-from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint, read_json
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
+from surgery.files.generated import CARD, LOSS_FIGURE
 from surgery.files.staging import held, put, remove_stale, replacing, sync_tree, write_whole
+from surgery.files.text import read_json
 from surgery.jobs.convert import Conversion, calibrate_sinks, convert
 from surgery.method.locate import Emergence
 from surgery.method.mask import Mask, attention_targets
 from surgery.models.anatomy import Anatomy
 from surgery.models.names import StoredNames
 from surgery.outputs.manifest import clean_numbers
-from surgery.outputs.plan import CARD, LOSS_FIGURE, Plan, check_apart
+from surgery.outputs.plan import Plan, check_apart
 from surgery.outputs.verification import Check, Verification
 from surgery.patient.analysis import choose_mask, examine, find_emergence, given_emergence
 from surgery.patient.source import resolve

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import BadCheckpoint, BadSettings
-from surgery.files.checkpoint import Checkpoint, Origin, TensorEntry, open_checkpoint
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
+from surgery.files.digests import file_sha256
+from surgery.files.generated import GENERATED, UNDO
+from surgery.files.safetensors_file import TensorEntry
 from surgery.files.staging import replacing
 from surgery.folds.fold import Edit
 from surgery.outputs.manifest import FileRecord, Manifest, read_manifest
-from surgery.outputs.plan import GENERATED, UNDO, check_apart, existing_parent
+from surgery.outputs.plan import check_apart, existing_parent
 from surgery.outputs.undo import UndoFile, needs_file, unpack_file
-from surgery.patient.source import file_sha256
 from surgery.reporter import SILENT, Reporter
 
 Original = Callable[[Edit, TensorEntry, bytes], bytes]

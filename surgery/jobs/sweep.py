@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
-from surgery.files.checkpoint import read_json
 from surgery.files.staging import write_whole
+from surgery.files.text import read_json
 from surgery.jobs.convert import Conversion, convert
 from surgery.measure.tasks import TaskScorer, TaskSettings, task_settings
 from surgery.method.mask import attention_targets, mask_size

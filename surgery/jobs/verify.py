@@ -10,6 +10,8 @@ from typing import Any
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
 from surgery.files.checkpoint import Checkpoint, check_links
+from surgery.files.digests import file_sha256
+from surgery.files.generated import CARD, FIGURE, MANIFEST
 from surgery.files.gguf_file import shards_of
 from surgery.files.staging import temporary_sibling, write_whole
 from surgery.jobs.convert import behaviour, convert
@@ -17,7 +19,7 @@ from surgery.method.mask import Mask
 from surgery.outputs.card import front_matter, render_card
 from surgery.outputs.gguf_conversion import read_embedded
 from surgery.outputs.manifest import FileRecord, Manifest, read_manifest, write_manifest
-from surgery.outputs.plan import CARD, FIGURE, MANIFEST, edits_by_file
+from surgery.outputs.plan import edits_by_file
 from surgery.outputs.results import results_for
 from surgery.outputs.verification import (
     Verification,
@@ -29,7 +31,7 @@ from surgery.outputs.verification import (
 )
 from surgery.patient.analysis import examine
 from surgery.patient.quantised import dequantised
-from surgery.patient.source import file_sha256, resolve
+from surgery.patient.source import resolve
 from surgery.patient.subject import Subject
 from surgery.reporter import SILENT, Reporter
 from surgery.settings import Settings

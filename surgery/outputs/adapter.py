@@ -132,7 +132,9 @@ def verify_peft(
     folder: Path, terms: Sequence[RankOne], strength: float, *, transposed: bool
 ) -> Check:
     """The adapter's tensors and scale are what the base's weights and the manifest give."""
-    from surgery.files.checkpoint import LocalFiles, parse_header, read_json
+    from surgery.files.ranges import LocalFiles
+    from surgery.files.safetensors_file import parse_header
+    from surgery.files.text import read_json
 
     def test() -> str:
         config = read_json(folder / CONFIG)

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
-from surgery.files.checkpoint import Checkpoint, Origin, TensorEntry
+from surgery.files.checkpoint import Checkpoint, Origin
+from surgery.files.digests import file_sha256
 from surgery.files.gguf_file import (
     F32,
     GgufFile,
@@ -30,6 +31,7 @@ from surgery.files.gguf_file import (
     tensor_type,
     values_of,
 )
+from surgery.files.safetensors_file import TensorEntry
 from surgery.files.staging import put_each, sync_tree, temporary_sibling
 from surgery.folds.fold import Edit
 from surgery.method.mask import Mask
@@ -45,7 +47,6 @@ from surgery.outputs.plan import (
     edits_by_file,
 )
 from surgery.outputs.verification import Check, checked
-from surgery.patient.source import file_sha256
 
 MANIFEST_KEY = "surgery.manifest"
 _COUNT_KEY = "general.base_model.count"

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from surgery.errors import BadSettings, SurgeryError, VerificationFailed
 from surgery.files.checkpoint import check_links
+from surgery.files.generated import MANIFEST
 from surgery.outputs.manifest import read_manifest
-from surgery.outputs.plan import MANIFEST
 from surgery.outputs.verification import verify_files
-from surgery.patient.source import hub_words
+from surgery.patient.hub import hub_words
 from surgery.reporter import SILENT, Reporter
 
 _STALE = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf")

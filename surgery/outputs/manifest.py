@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadCheckpoint, SurgeryError
-from surgery.files.checkpoint import Checkpoint, Origin, read_json
+from surgery.files.checkpoint import Checkpoint, Origin
+from surgery.files.generated import GENERATED, MANIFEST
 from surgery.files.staging import write_whole
+from surgery.files.text import read_json
 from surgery.folds.fold import Edit, SinkDirection, pack, unpack
 from surgery.method.mask import check_strength
 from surgery.models.anatomy import Anatomy
 from surgery.models.loading import AutoClass
-from surgery.outputs.plan import GENERATED, MANIFEST
 from surgery.outputs.undo import unpack_file
 
 SCHEMA = 1

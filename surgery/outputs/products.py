@@ -13,6 +13,7 @@ import numpy as np
 
 from surgery.errors import BadCheckpoint, BadSettings, Unsupported, first_line
 from surgery.files.checkpoint import Checkpoint
+from surgery.files.generated import CARD, MANIFEST
 from surgery.files.gguf_file import read_gguf, shards_of
 from surgery.files.staging import temporary_sibling
 from surgery.folds.fold import Edit
@@ -46,18 +47,10 @@ from surgery.outputs.gguf_conversion import (
     write_gguf,
 )
 from surgery.outputs.manifest import Manifest, manifest_text, write_manifest
-from surgery.outputs.plan import (
-    CARD,
-    MANIFEST,
-    FilePlan,
-    Plan,
-    check_output,
-    check_space,
-    edits_by_file,
-)
+from surgery.outputs.plan import FilePlan, Plan, check_output, check_space, edits_by_file
 from surgery.outputs.verification import Check, Verification, checked, divergence
 from surgery.outputs.write import staging
-from surgery.patient.source import gguf_source, gguf_to_safetensors
+from surgery.patient.containers import gguf_source, gguf_to_safetensors
 from surgery.patient.subject import Subject
 from surgery.reporter import Reporter
 from surgery.settings import Settings

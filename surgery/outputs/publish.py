@@ -8,7 +8,6 @@ reads.
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, VerificationFailed
-from surgery.files.checkpoint import Checkpoint, carried, divided, read_header
+from surgery.files.checkpoint import Checkpoint, carried, divided
+from surgery.files.descriptors import read_at, write_exactly
+from surgery.files.generated import CARD, FIGURE, GENERATED, MANIFEST
+from surgery.files.safetensors_file import read_header
+from surgery.files.text import write_text
 from surgery.folds.fold import Edit, make_edits
 from surgery.jobs.convert import check_given_layers, hashed, known_manifest
 from surgery.method.locate import Emergence
@@ -30,13 +33,14 @@ from surgery.outputs.manifest import (
     records,
     write_manifest,
 )
-from surgery.outputs.plan import CARD, FIGURE, GENERATED, MANIFEST, RemotePlan, edits_by_file
+from surgery.outputs.plan import RemotePlan, edits_by_file
 from surgery.outputs.verification import Verification, checked
 from surgery.outputs.write import edited_blocks
 from surgery.patient.analysis import choose_mask, examine, given_emergence, stream_model
+from surgery.patient.hub import hub_words
 from surgery.patient.quantised import method_of
 from surgery.patient.remote import KeptRanges
-from surgery.patient.source import hub_words, resolve_light
+from surgery.patient.source import resolve_light
 from surgery.patient.subject import Subject
 from surgery.reporter import SILENT, Reporter
 from surgery.settings import Settings
@@ -226,7 +230,7 @@ def _patched(
         for edit in edits:
             entry = checkpoint.tensors[edit.tensor]
             for position, block in edited_blocks(file.fileno(), entry, edit):
-                os.pwrite(file.fileno(), block, position)
+                write_exactly(file.fileno(), block, position)
 
 
 def _describe(
@@ -253,7 +257,7 @@ def _describe(
 
         plot_layers(emergence, folder / FIGURE, title=checkpoint.origin.name)
     card = render_card(manifest, front_matter(checkpoint.folder / CARD), figure=figure)
-    (folder / CARD).write_text(card, encoding="utf-8")
+    write_text(folder / CARD, card)
     files = []
     for name, known in decided.info.items():
         source = known.sha256 or _small_sha256(checkpoint, name)
@@ -297,7 +301,7 @@ def _verify(
             entry = checkpoint.tensors[edit.tensor]
             expected = edit.apply(checkpoint.read(edit.tensor), entry.dtype).tobytes()
             with open(folder / entry.file, "rb") as file:
-                if os.pread(file.fileno(), entry.size, entry.begin) != expected:
+                if read_at(file.fileno(), entry.size, entry.begin) != expected:
                     raise BadCheckpoint(f"{edit.tensor} is not what the edit gives")
         return f"{len(edits)} tensors recomputed"
 

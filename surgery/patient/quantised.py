@@ -25,8 +25,9 @@ from numpy.typing import NDArray
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
 from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
+from surgery.files.digests import file_sha256
 from surgery.files.safetensors_file import write_safetensors
-from surgery.patient.source import file_sha256, kept
+from surgery.patient.cache import kept
 
 # Part of the name under which a dequantised copy is kept: raised when the functions change.
 _READER = 2

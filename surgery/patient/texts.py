@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import BadSettings, SurgeryError
-from surgery.files.checkpoint import read_text
+from surgery.errors import BadSettings, SurgeryError, first_line
+from surgery.files.text import read_text
 
 FOLDER = Path(__file__).parent / "data"
 # The first lines of the bundled calibration text are one prompt of each kind, from about ten to
@@ -32,7 +32,12 @@ SHORTEST = 8
 
 @dataclass(frozen=True)
 class Text:
-    """A text and what kind it is."""
+    """A text.
+
+    Attributes:
+        kind: What kind it is, such as "code"; "text" where nobody says.
+        text: The text itself.
+    """
 
     kind: str
     text: str
@@ -108,8 +113,7 @@ def dataset_texts(name: str, tokens: int) -> list[Text]:
             if size >= _CHARACTERS * tokens:
                 break
     except Exception as error:  # whatever the Hub, the network or the data set's files give
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise SurgeryError(f"The data set {name} cannot be read: {first}") from error
+        raise SurgeryError(f"The data set {name} cannot be read: {first_line(error)}") from error
     if not size:
         raise BadSettings(f"The data set {name} holds no text.")
     return [Text("text", "\n".join(rows))]

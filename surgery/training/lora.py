@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
-from surgery.files.checkpoint import Checkpoint, read_json
+from surgery.files.checkpoint import Checkpoint
 from surgery.files.staging import write_whole
+from surgery.files.text import read_json
 from surgery.folds.fold import SinkDirection
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy

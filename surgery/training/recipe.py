@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 from surgery.errors import BadSettings, SurgeryError
 from surgery.files import plain_yaml
-from surgery.files.checkpoint import read_json, read_text
+from surgery.files.text import read_json, read_text
 from surgery.method.mask import SCOPES, SELECTIONS, check_rate, check_strength
 from surgery.models.anatomy import FOLDS
 from surgery.models.loading import quiet

@@ -12,9 +12,11 @@ from typing import Any
 
 from filelock import FileLock
 
-from surgery.files.checkpoint import INDEX, SINGLE, read_json
+from surgery.files.checkpoint import INDEX, SINGLE
 from surgery.files.safetensors_file import write_safetensors
-from surgery.patient.source import cache_folder, resolve
+from surgery.files.text import read_json
+from surgery.patient.cache import cache_folder
+from surgery.patient.source import resolve
 from surgery.training.recipe import BLOCK
 
 LAYERS = 6

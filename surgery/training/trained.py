@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
+from surgery.files.generated import CARD, FIGURE, LOSS_FIGURE, MANIFEST
 from surgery.folds.fold import Edit
 from surgery.jobs.convert import hashed
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy
 from surgery.outputs.card import front_matter, render_card
 from surgery.outputs.manifest import Manifest, read_manifest, write_manifest
-from surgery.outputs.plan import CARD, FIGURE, LOSS_FIGURE, MANIFEST
 from surgery.outputs.training_record import training_words
 from surgery.outputs.verification import (
     Check,

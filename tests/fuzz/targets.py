@@ -19,7 +19,8 @@ from typing import Any
 
 from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.files import checkpoint, gguf_file
-from surgery.files.checkpoint import Checkpoint, Origin, TensorEntry
+from surgery.files.checkpoint import Checkpoint, Origin
+from surgery.files.safetensors_file import TensorEntry
 from surgery.models import anatomy, families
 from surgery.outputs import card, manifest, results
 from surgery.training import recipe
