@@ -45,6 +45,7 @@ def resolve(model: str, revision: str | None = None, say: Say = _silent) -> Chec
         BadCheckpoint: It cannot be had.
         BadSettings: The words contradict each other.
     """
+    _log.debug("looking for %s", model)
     if model == DEMO:
         return materialised(_demo_file(), Origin("gguf", DEMO_NAME, DEMO, note=_DEMO_NOTE), say)
     path = _existing(model)
