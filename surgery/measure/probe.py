@@ -26,6 +26,7 @@ from surgery.models.observe import (
     hooked,
     layer_norms,
     residual,
+    to_numpy,
 )
 from surgery.models.reference import masked
 
@@ -419,9 +420,9 @@ def _numpy(values: torch.Tensor) -> Array:
     return found
 
 
-def _flat(states: torch.Tensor) -> torch.Tensor:
+def _flat(states: torch.Tensor) -> NDArray:
     """States of the one sequence in the batch, [tokens, width]."""
-    return residual(states).detach().reshape(-1, states.shape[-1])
+    return to_numpy(residual(states)).reshape(-1, states.shape[-1])
 
 
 def effective_gain(norm: torch.nn.Module, null_gain: float) -> torch.Tensor | None:
@@ -441,7 +442,7 @@ class _Recorder:
         self._depth = anatomy.depth
         self._share = share
         self.handles: list[Any] = []
-        self.states: list[torch.Tensor] = []
+        self.states: list[NDArray[np.float32]] = []
         layers = decoder_layers(model, anatomy)
         self.handles.append(layers[0].register_forward_pre_hook(self._first, with_kwargs=True))
         for index, (layer, part) in enumerate(zip(layers, parts, strict=True)):
@@ -453,7 +454,8 @@ class _Recorder:
             if part.norm is not None:
                 norm = layer.get_submodule(part.norm)
                 gain = effective_gain(norm, anatomy.null_gain)
-                self.handles.append(norm.register_forward_hook(self._norm(index, gain)))
+                known = to_numpy(gain) if gain is not None else None
+                self.handles.append(norm.register_forward_hook(self._norm(index, known)))
             for role, (path, half) in part.projections.items():
                 linear = layer.get_submodule(path)
                 self.handles.append(
@@ -475,8 +477,8 @@ class _Recorder:
 
     def _keep(self, states: torch.Tensor) -> None:
         flat = _flat(states)
-        self.norms.append(_numpy(evidence.token_norms(flat)))
-        self.states.append(flat[self._sink].float().cpu())
+        self.norms.append(evidence.token_norms(flat).astype(np.float64))
+        self.states.append(flat[self._sink].astype(np.float32))
 
     def _first(self, _module: Any, args: tuple, kwargs: dict) -> None:
         self._keep(attention_input(args, kwargs))
@@ -487,19 +489,19 @@ class _Recorder:
     def _ffn(self, index: int) -> Callable[..., None]:
         def hook(_module: Any, args: tuple, kwargs: dict, result: Any) -> None:
             before, after = _flat(_first_tensor(args, kwargs)), _flat(hidden(result))
-            self.arrays["ffn_output"][index] = _numpy(evidence.token_norms(after))
-            self.arrays["amplification"][index] = _numpy(evidence.amplification(before, after))
+            self.arrays["ffn_output"][index] = evidence.token_norms(after)
+            self.arrays["amplification"][index] = evidence.amplification(before, after)
 
         return hook
 
-    def _norm(self, index: int, gain: torch.Tensor | None) -> Callable[..., None]:
+    def _norm(self, index: int, gain: NDArray | None) -> Callable[..., None]:
         def hook(_module: Any, _args: Any, result: Any) -> None:
             states = _flat(hidden(result))
-            self.arrays["weight_norm"][index] = _numpy(evidence.token_norms(states))
+            self.arrays["weight_norm"][index] = evidence.token_norms(states)
             if gain is not None:
                 fraction = evidence.top_gain_fraction(states, gain, self._share)
-                self.arrays["fraction"][index] = _numpy(fraction)
-                self.arrays["divergence"][index] = _numpy(evidence.gain_divergence(states, gain))
+                self.arrays["fraction"][index] = fraction
+                self.arrays["divergence"][index] = evidence.gain_divergence(states, gain)
 
         return hook
 
@@ -507,8 +509,8 @@ class _Recorder:
         def hook(_module: Any, _args: Any, result: torch.Tensor) -> None:
             states = _flat(result)
             if half is not None:
-                states = states.chunk(2, dim=-1)[half]
-            self.arrays[role][index] = _numpy(evidence.concentration(states))
+                states = np.split(states, 2, axis=-1)[half]
+            self.arrays[role][index] = evidence.concentration(states)
 
         return hook
 
@@ -533,7 +535,7 @@ def _traces(
                     prompt=prompt,
                     sink=sink,
                     output=np.stack(recorder.norms),
-                    states=torch.stack(recorder.states).numpy(),
+                    states=np.stack(recorder.states),
                     **recorder.arrays,
                 )
             )

@@ -112,44 +112,15 @@ _UNIT_OFFSET: dict[str, Any] = {"norm_kind": "RMS, 1 + w", "null_gain": -1.0}
 _LATENT = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
 _LATENT_DIRECT = Mixer("self_attn", ("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa"))
 
+_LLAMA_LIKE = (
+    "llama mistral ministral ministral3 qwen2 qwen2_moe qwen3 qwen3_moe mixtral granite "
+    "granitemoe granitemoeshared glm glm4 glm4_moe smollm3 gpt_oss llama4_text olmoe "
+    "seed_oss ernie4_5 ernie4_5_moe hunyuan_v1_dense hunyuan_v1_moe minimax_m2 helium "
+    "arcee exaone_moe dots1 qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text"
+)
+
 FAMILIES: tuple[Family, ...] = (
-    Family(
-        (
-            "llama",
-            "mistral",
-            "ministral",
-            "ministral3",
-            "qwen2",
-            "qwen2_moe",
-            "qwen3",
-            "qwen3_moe",
-            "mixtral",
-            "granite",
-            "granitemoe",
-            "granitemoeshared",
-            "glm",
-            "glm4",
-            "glm4_moe",
-            "smollm3",
-            "gpt_oss",
-            "llama4_text",
-            "olmoe",
-            "seed_oss",
-            "ernie4_5",
-            "ernie4_5_moe",
-            "hunyuan_v1_dense",
-            "hunyuan_v1_moe",
-            "minimax_m2",
-            "helium",
-            "arcee",
-            "exaone_moe",
-            "dots1",
-            "qwen2_vl_text",
-            "qwen2_5_vl_text",
-            "qwen3_vl_text",
-            "qwen3_vl_moe_text",
-        ),
-    ),
+    Family(tuple(_LLAMA_LIKE.split())),
     Family(("apertus",), norm="attention_layernorm"),
     Family(("gemma", "gemma2", "gemma3_text", "vaultgemma"), **_UNIT_OFFSET),
     Family(
