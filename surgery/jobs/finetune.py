@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from surgery.files.generated import CARD, MANIFEST
 from surgery.files.staging import write_whole
 from surgery.jobs.push import push
 from surgery.outputs.checks import Verification
-from surgery.outputs.plan import CARD, MANIFEST
 from surgery.patient.source import resolve
 from surgery.reporter import SILENT, Reporter
 from surgery.training.begin import (

@@ -8,7 +8,6 @@ on SQLite two workers can both take the same waiting trial.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import threading
@@ -358,8 +357,9 @@ class SharedStudy:
     def locked(self) -> Iterator[None]:
         """Alone among the processes that work on this study."""
         if self._url.startswith("sqlite"):
-            with open(f"{self._url.removeprefix('sqlite:///')}.lock", "w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            import filelock
+
+            with filelock.FileLock(f"{self._url.removeprefix('sqlite:///')}.lock"):
                 yield
             return
         import sqlalchemy

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadSettings
-from surgery.files.checkpoint import read_json
 from surgery.files.staging import held, remove_stale, replacing, write_whole
+from surgery.files.text import read_json
 from surgery.outputs.plan import check_apart
 from surgery.outputs.treatment import BLOCK
 from surgery.training.recipe import Recipe

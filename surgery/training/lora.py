@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
-from surgery.files.checkpoint import Checkpoint, read_json
+from surgery.files.checkpoint import Checkpoint
 from surgery.files.staging import write_whole
 from surgery.folds.edits import SinkDirection
 from surgery.method.mask import Mask

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.files.checkpoint import Origin, open_checkpoint
+from surgery.files.generated import LOSS_FIGURE
 from surgery.files.staging import put, remove_stale, sync_tree
 from surgery.models.names import StoredNames
 from surgery.outputs.base import Request
@@ -17,7 +18,7 @@ from surgery.outputs.checks import Check, Verification, verify_masked
 from surgery.outputs.folder import Folder
 from surgery.outputs.operation import decide
 from surgery.outputs.pipeline import Conversion, carry_out
-from surgery.outputs.plan import LOSS_FIGURE, Plan
+from surgery.outputs.plan import Plan
 from surgery.patient.patient import Patient
 from surgery.patient.source import resolve
 from surgery.reporter import SILENT, Reporter
