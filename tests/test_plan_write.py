@@ -25,7 +25,8 @@ from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
 from surgery.files import dtypes
 from surgery.files.checkpoint import Checkpoint
 from surgery.folds import fold
-from surgery.folds.fold import Edit, SinkDirection, make_edits
+from surgery.folds.edits import Edit, SinkDirection
+from surgery.folds.registry import make_edits
 from surgery.method.mask import Mask
 from surgery.models.anatomy import describe
 from surgery.outputs import write

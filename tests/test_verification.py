@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 import surgery
 from surgery.errors import BadCheckpoint, VerificationFailed
 from surgery.files.checkpoint import Checkpoint
-from surgery.folds.fold import Edit
+from surgery.folds.edits import Edit
 from surgery.models.loading import load_model
 from surgery.outputs import verification
 from surgery.outputs.manifest import FileRecord
-from surgery.outputs.verification import (
+from surgery.outputs.checks import (
     Check,
     Verification,
     checked,

@@ -27,9 +27,9 @@ from surgery.method.mask import Mask, target_layers
 from surgery.models.anatomy import Anatomy, depth_of, text_config, width_of
 from surgery.outputs.manifest import clean_numbers, read_manifest, tool_version, versions
 from surgery.outputs.plan import MANIFEST
-from surgery.patient.analysis import choose_mask, examine, find_emergence
+from surgery.patient.locating import choose_mask, find_emergence
+from surgery.patient.patient import examine
 from surgery.patient.source import file_sha256, resolve
-from surgery.patient.subject import Subject
 from surgery.reporter import SILENT, Reporter
 from surgery.settings import Settings
 

@@ -23,12 +23,11 @@ from surgery.method.locate import Emergence
 from surgery.method.mask import Mask, attention_targets
 from surgery.models.anatomy import Anatomy
 from surgery.models.names import StoredNames
+from surgery.outputs.checks import Check, Verification
 from surgery.outputs.manifest import clean_numbers
 from surgery.outputs.plan import CARD, LOSS_FIGURE, Plan, check_apart
-from surgery.outputs.verification import Check, Verification
-from surgery.patient.analysis import choose_mask, examine, find_emergence, given_emergence
+from surgery.patient.locating import choose_mask, find_emergence, given_emergence
 from surgery.patient.source import resolve
-from surgery.patient.subject import Subject
 from surgery.reporter import SILENT, Reporter
 from surgery.settings import Settings
 from surgery.training.lora import (
@@ -616,7 +615,7 @@ def _push(case: _Case, places: Mapping[str, Path | None], reporter: Reporter) ->
     """Upload what was written; an adapter's base goes first, so that the adapter can name it."""
     import huggingface_hub
 
-    from surgery.outputs.hub import push
+    from surgery.jobs.push import push
 
     repo = str(case.recipe.treatment.push)
     model, adapter, base = places[MODEL], places[ADAPTER], places[BASE]

@@ -33,9 +33,9 @@ from surgery.models.anatomy import width_of
 from surgery.outputs.card import command_line
 from surgery.outputs.manifest import clean_numbers
 from surgery.outputs.plan import check_apart
-from surgery.patient.analysis import examine, find_emergence
+from surgery.patient.locating import find_emergence
+from surgery.patient.patient import examine
 from surgery.patient.source import resolve
-from surgery.patient.subject import Subject
 from surgery.reporter import SILENT, Reporter
 from surgery.settings import Settings
 from surgery.sweeping.study import Claim, Progress, SharedStudy, Space

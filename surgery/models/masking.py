@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.errors import BadSettings, Unsupported
-from surgery.method.mask import Mask, attention_targets, largest, mask_size
+from surgery.method.mask import TOKENS, Mask, attention_targets, largest, mask_size
 from surgery.models.families import family_of
 
 if TYPE_CHECKING:
     from surgery.models.anatomy import Anatomy
 
 KEYWORD = "wemask_positions"
-TOKENS = ("first", "every")
 
 # Called before each edit with the layer, the attention input [B, T, D] as attention would have
 # read it, and where the first real tokens are, bool [B, T] or None.

@@ -21,7 +21,7 @@ from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
 from surgery.files.checkpoint import Checkpoint, read_json
 from surgery.files.staging import write_whole
-from surgery.folds.fold import SinkDirection
+from surgery.folds.edits import SinkDirection
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy
 
