@@ -39,7 +39,8 @@ from surgery.patient.patient import examine
 from surgery.patient.source import resolve
 from surgery.reporter import SILENT, Reporter
 from surgery.settings import Settings
-from surgery.sweeping.study import Claim, Progress, SharedStudy, Space
+from surgery.sweeping.queue import SharedStudy, Space
+from surgery.sweeping.study import Claim, Progress
 
 if TYPE_CHECKING:
     from surgery.files.checkpoint import Checkpoint

@@ -10,6 +10,9 @@ from typing import Any
 
 from surgery.errors import BadCheckpoint, SurgeryError, VerificationFailed
 from surgery.files.checkpoint import Checkpoint, Origin, check_links, open_checkpoint
+from surgery.files.descriptors import read_at
+from surgery.files.digests import file_sha256
+from surgery.files.generated import GENERATED
 from surgery.folds.edits import Edit
 from surgery.outputs.manifest import FileRecord
 from surgery.outputs.write import edited_blocks

@@ -17,6 +17,7 @@ from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.files.checkpoint import Checkpoint, Origin
 from surgery.files.generated import GENERATED, MANIFEST
 from surgery.files.staging import write_whole
+from surgery.files.text import read_json
 from surgery.folds.base import Calibration, Leak
 from surgery.folds.edits import EDITS, Edit, SinkDirection, pack, unpack
 from surgery.method.mask import Mask, check_strength

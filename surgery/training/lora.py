@@ -21,6 +21,7 @@ from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
 from surgery.files.checkpoint import Checkpoint
 from surgery.files.staging import write_whole
+from surgery.files.text import read_json
 from surgery.folds.edits import SinkDirection
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy
