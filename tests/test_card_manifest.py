@@ -24,11 +24,11 @@ from safetensors import safe_open
 import surgery
 from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.files.checkpoint import Origin
+from surgery.files.generated import CARD, FIGURE, MANIFEST
 from surgery.jobs import verify as review
 from surgery.outputs.card import card_metadata, command_line, front_matter, render_card
 from surgery.outputs.manifest import Manifest, clean_numbers, read_manifest, write_manifest
-from surgery.outputs.plan import CARD, FIGURE, MANIFEST
-from surgery.training.recipe import Treatment
+from surgery.outputs.treatment import Treatment
 
 Tiny = Callable[..., Path]
 Run = Callable[..., Any]

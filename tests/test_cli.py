@@ -18,7 +18,7 @@ import surgery
 from surgery import errors
 from surgery.commands import _COMMANDS
 from surgery.files.checkpoint import SINGLE
-from surgery.outputs.plan import CARD, FIGURE, MANIFEST
+from surgery.files.generated import CARD, FIGURE, MANIFEST
 
 Tiny = Callable[..., Path]
 Run = Callable[..., Any]

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from surgery.errors import Unsupported
 from surgery.files import dtypes
 from surgery.folds import fold
-from surgery.folds.fold import Edit, SinkDirection, detector, make_edits, pack, unpack
+from surgery.folds.edits import Edit, SinkDirection, pack, unpack
+from surgery.method.algebra import detector
+from surgery.folds.registry import make_edits
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy, AttentionInput
 

@@ -22,14 +22,16 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
-from surgery.files import dtypes
+from surgery.files import descriptors, dtypes
 from surgery.files.checkpoint import Checkpoint
+from surgery.files.generated import CARD, FIGURE, MANIFEST, UNDO
 from surgery.folds import fold
-from surgery.folds.fold import Edit, SinkDirection, make_edits
+from surgery.folds.edits import Edit, SinkDirection
+from surgery.folds.registry import make_edits
 from surgery.method.mask import Mask
 from surgery.models.anatomy import describe
 from surgery.outputs import write
-from surgery.outputs.plan import CARD, FIGURE, MANIFEST, UNDO, Plan, make_plan
+from surgery.outputs.plan import Plan, make_plan
 from surgery.outputs.write import copy_plan, staging
 
 Tiny = Callable[..., Path]
@@ -529,7 +531,7 @@ def test_copying_by_reading(
     """Where the kernel cannot copy, and where there is no such call at all (code None)."""
     plan = planned(tiny("llama", shards=3), tmp_path / "out")
     expected = copied(plan, snapshot)
-    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(write, "share_blocks", lambda *_: False)
     if code is None:
         monkeypatch.delattr(os, "copy_file_range")
     else:
@@ -545,15 +547,15 @@ def test_copying_by_reflink(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot
 ) -> None:
     plan = planned(tiny("llama", shards=3), tmp_path / "out")
-    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(write, "share_blocks", lambda *_: False)
     expected = copied(plan, snapshot)
 
     def share(reader: int, writer: int) -> bool:
         os.pwrite(writer, os.pread(reader, 10**9, 0), 0)
         return True
 
-    monkeypatch.setattr(write, "_reflink", share)
-    monkeypatch.setattr(write, "_copy_range", None)  # not needed
+    monkeypatch.setattr(write, "share_blocks", share)
+    monkeypatch.setattr(write, "copy_at", None)  # not needed
     assert copied(plan, snapshot) == expected
 
 
@@ -569,7 +571,7 @@ def test_any_step_size(
     """Tensors straddle the steps, hashing runs behind: the bytes and hashes are the same."""
     plan = planned(tiny("llama", layers=6), tmp_path / "out", "sink")
     expected = copied(plan, snapshot)
-    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(write, "share_blocks", lambda *_: False)
     monkeypatch.setattr(write, "STEP", step)
     monkeypatch.setattr(write, "_READ", read)
     assert copied(plan, snapshot) == expected
@@ -579,17 +581,17 @@ def test_the_calls_that_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both copy from the source to the target, from a position to the same one."""
     called: list[tuple[Any, ...]] = []
     monkeypatch.setattr("fcntl.ioctl", lambda *args: called.append(args))
-    assert write._reflink(3, 4) is True
+    assert descriptors.share_blocks(3, 4) is True
     assert called.pop() == (4, 0x40049409, 3)
     monkeypatch.setattr(os, "copy_file_range", lambda *args: called.append(args) or 7)
-    assert write._copy_range(3, 4, 100, 20) == 7
+    assert descriptors.copy_at(3, 4, 100, 20) == 7
     assert called.pop() == (3, 4, 100, 20, 20)
 
     def unsupported(*_args: Any) -> None:
         raise OSError(errno.EOPNOTSUPP, "not on this file system")
 
     monkeypatch.setattr("fcntl.ioctl", unsupported)
-    assert write._reflink(3, 4) is False
+    assert descriptors.share_blocks(3, 4) is False
 
 
 @pytest.mark.parametrize("moved", [0, errno.EIO])
@@ -604,9 +606,9 @@ def test_a_disk_that_fails_is_not_asked_again(
             raise OSError(moved, "Input/output error")
         return 0
 
-    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(write, "share_blocks", lambda *_: False)
     monkeypatch.setattr(os, "copy_file_range", copy)
-    monkeypatch.setattr(write, "_copy_read", None)
+    monkeypatch.setattr(descriptors, "read_at", None)
     sentence = (
         f"Writing {tmp_path / 'out'} failed: Input/output error."
         if moved
@@ -674,7 +676,7 @@ def test_short_reads_and_writes(
     def cannot(*_args: Any) -> int:
         raise OSError(errno.EXDEV, "cannot")
 
-    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(write, "share_blocks", lambda *_: False)
     monkeypatch.setattr(os, "copy_file_range", cannot)
     monkeypatch.setattr(os, "pwrite", lambda fd, raw, at: pwrite(fd, bytes(raw[:5000]), at))
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:4000]], at))
@@ -791,15 +793,15 @@ def test_source_that_shrinks(
 ) -> None:
     source = tiny_copy()
     file = source / "model.safetensors"
-    copy_range = write._copy_range
+    copy_at = write.copy_at
 
     def shrinking(reader: int, writer: int, count: int, position: int) -> int:
         if position and os.fstat(reader).st_size == file.stat().st_size:
             os.truncate(file, position)
-        return copy_range(reader, writer, count, position)
+        return copy_at(reader, writer, count, position)
 
-    monkeypatch.setattr(write, "_reflink", lambda *_: False)
-    monkeypatch.setattr(write, "_copy_range", shrinking)
+    monkeypatch.setattr(write, "share_blocks", lambda *_: False)
+    monkeypatch.setattr(write, "copy_at", shrinking)
     monkeypatch.setattr(write, "STEP", 100_000)
     interrupted(tmp_path, source, BadCheckpoint, "became shorter while it was read")
 

@@ -20,7 +20,7 @@ from surgery.models.lending import LentModel
 from surgery.models.loading import load_model, load_tokenizer
 from surgery.models.observe import layer_norms
 from surgery.patient import texts
-from surgery.patient.analysis import examine
+from surgery.patient.patient import examine
 
 FAMILIES = sorted(set(tiny_models.FAMILIES) - {"olmo2"})  # refused: it has nothing to locate for
 LAYERS, PLANTED = 16, 2

@@ -37,10 +37,11 @@ from surgery.jobs import convert as conversion  # noqa: E402
 from surgery.jobs import sweep as sweeping  # noqa: E402
 from surgery.measure import scoring  # noqa: E402
 from surgery.patient import analysis  # noqa: E402
-from surgery.patient.subject import Subject  # noqa: E402
-from surgery.settings import SILENT, Settings  # noqa: E402
+from surgery.patient.patient import Patient  # noqa: E402
+from surgery.reporter import SILENT  # noqa: E402
+from surgery.settings import Settings  # noqa: E402
 from surgery.sweeping import study  # noqa: E402
-from surgery.sweeping.study import SharedStudy, Space  # noqa: E402
+from surgery.sweeping.queue import SharedStudy, Space  # noqa: E402
 
 QUICK = {"check_tokens": 256, "calibration_tokens": 512}
 FEW = {**QUICK, "rates": (0.1, 0.3), "layer": 2}

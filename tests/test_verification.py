@@ -18,23 +18,12 @@ from transformers import AutoModelForCausalLM
 import surgery
 from surgery.errors import BadCheckpoint, VerificationFailed
 from surgery.files.checkpoint import Checkpoint
-from surgery.folds.fold import Edit
+from surgery.folds.edits import Edit
 from surgery.models.loading import load_model
 from surgery.outputs import verification
 from surgery.outputs.manifest import FileRecord
-from surgery.outputs.verification import (
-    Check,
-    Verification,
-    checked,
-    divergence,
-    verify_behaviour,
-    verify_edits,
-    verify_files,
-    verify_originals,
-    verify_structure,
-    verify_untouched,
-)
-from surgery.patient.source import file_sha256
+from surgery.outputs.checks import Check, Verification, checked, verify_behaviour, verify_edits, verify_files, verify_originals, verify_structure, verify_untouched
+from surgery.outputs.behaviour import divergence
 
 Tiny = Callable[..., Path]
 GAIN = "model.layers.4.input_layernorm.weight"

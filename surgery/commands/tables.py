@@ -11,13 +11,14 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.commands.terminal import printable, safe
+from surgery.files.generated import UNDO
 from surgery.method.locate import Emergence
-from surgery.outputs.plan import UNDO, Plan, RemotePlan
-from surgery.outputs.verification import Verification
+from surgery.outputs.checks import Verification
+from surgery.outputs.plan import Plan, RemotePlan
 
 if TYPE_CHECKING:
     from surgery.files.checkpoint import Checkpoint
-    from surgery.folds.fold import Edit
+    from surgery.folds.edits import Edit
     from surgery.jobs.sweep import Sweep
     from surgery.measure.probe import Evidence
 
@@ -130,7 +131,7 @@ def _plan(plan: Plan) -> RenderableType:
     patched = [file.name for file in plan.files if file.edits]
     table.add_row("output", safe(plan.product))
     table.add_row("edits", _edits(plan.edits))
-    if plan.form.endswith("adapter"):
+    if plan.beside:
         table.add_row("base", "untouched: the edits become rank-one updates beside it")
         size = f"{plan.bytes_written / 1e3:.3g} kB"
         table.add_row("files", safe(", ".join(file.name for file in plan.files)) + f" ({size})")

@@ -24,21 +24,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
-from surgery.files.checkpoint import read_json
 from surgery.files.staging import write_whole
-from surgery.jobs.convert import Conversion, convert
+from surgery.files.text import read_json
+from surgery.jobs.convert import convert
 from surgery.measure.tasks import TaskScorer, TaskSettings, task_settings
 from surgery.method.mask import attention_targets, mask_size
 from surgery.models.anatomy import width_of
 from surgery.outputs.card import command_line
 from surgery.outputs.manifest import clean_numbers
+from surgery.outputs.pipeline import Conversion
 from surgery.outputs.plan import check_apart
-from surgery.patient.analysis import examine, find_emergence
+from surgery.patient.locating import find_emergence
+from surgery.patient.patient import examine
 from surgery.patient.source import resolve
-from surgery.patient.subject import Subject
 from surgery.reporter import SILENT, Reporter
 from surgery.settings import Settings
-from surgery.sweeping.study import Claim, Progress, SharedStudy, Space
+from surgery.sweeping.queue import SharedStudy, Space
+from surgery.sweeping.study import Claim, Progress
 
 if TYPE_CHECKING:
     from surgery.files.checkpoint import Checkpoint

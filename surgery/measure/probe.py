@@ -29,6 +29,7 @@ from surgery.models.observe import (
     to_numpy,
 )
 from surgery.models.reference import masked
+from surgery.patient.texts import Prompt
 
 Array = NDArray[np.float64]
 
@@ -48,15 +49,6 @@ _LAYOUTS: tuple[dict[str, tuple[str, int | None]], ...] = (
     {"up": ("c_fc", None), "down": ("c_proj", None)},
     {"up": ("dense_h_to_4h", None), "down": ("dense_4h_to_h", None)},
 )
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt to observe a model on: what kind of text, the text, its tokens."""
-
-    kind: str
-    text: str
-    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)

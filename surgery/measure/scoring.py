@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from surgery.errors import SurgeryError
 from surgery.folds.calibrate import sink_directions
 from surgery.folds.editing import EditedWeights, parameter_of
-from surgery.folds.fold import Edit, SinkDirection, make_edits
+from surgery.folds.edits import Edit, SinkDirection
+from surgery.folds.registry import make_edits
 from surgery.measure.quality import Batch, SharedPrefix, make_batches, measured, unmodified
 from surgery.method.mask import Mask, attention_targets
 from surgery.models.anatomy import Anatomy
 from surgery.models.observe import sink_magnitudes
 from surgery.models.reference import masked
-from surgery.patient.analysis import choose_mask
-from surgery.patient.subject import Subject, calibration_windows, heldout_windows
+from surgery.patient.locating import choose_mask
 from surgery.settings import Settings
 
 if TYPE_CHECKING:

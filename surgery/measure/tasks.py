@@ -33,7 +33,6 @@ from surgery.files.resources import resource_folder
 from surgery.measure.statistics import Difference, over_seeds, paired, score
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy
-from surgery.patient.subject import Subject
 from surgery.reporter import Reporter
 from surgery.settings import Settings
 

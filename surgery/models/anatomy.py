@@ -15,8 +15,6 @@ from surgery.files.checkpoint import Checkpoint
 from surgery.models.families import Family, Mixer, family_of
 from surgery.models.names import layers_prefix
 
-FOLDS = ("norm", "qkv", "sink")
-
 
 @dataclass(frozen=True)
 class AttentionInput:
@@ -76,14 +74,6 @@ class Anatomy:
         if found is None:
             raise Unsupported(f"Layer {layer} has no attention input to mask; choose another.")
         return found
-
-    def require(self, fold: str) -> None:
-        """Raise Unsupported, naming the alternative, where a fold would not be truthful."""
-        if fold == "norm" and self.norm_refusal:
-            raise Unsupported(
-                f"--fold norm is not possible for {self.model_type}: {self.norm_refusal}; "
-                "use --fold qkv (the same function, in the attention's own weights) or --fold sink."
-            )
 
     def require_selection(self, select: str) -> None:
         """Raise Unsupported, naming the alternative, where there is nothing to select by."""

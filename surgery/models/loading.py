@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported, first_line
-from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint, read_json
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
+from surgery.files.text import read_json
 from surgery.models.anatomy import is_multimodal
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from surgery.errors import BadSettings, Unsupported
-from surgery.method.mask import Mask, attention_targets, largest, mask_size
+from surgery.method.mask import TOKENS, Mask, attention_targets, largest, mask_size
 from surgery.models.anatomy import Anatomy
 from surgery.models.discovery import Decoder, decoder_of
 from surgery.models.families import family_of
@@ -28,7 +28,6 @@ from surgery.models.observe import attention_input, hooked
 logger = logging.getLogger(__name__)
 
 KEYWORD = "wemask_positions"
-TOKENS = ("first", "every")
 
 # Called before each edit with the layer, the attention input [B, T, D] as attention would have
 # read it, and where the first real tokens are, bool [B, T] or None.

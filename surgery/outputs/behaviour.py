@@ -1,0 +1,121 @@
+"""What a written output does: its logits, loaded by others, against the base under hooks."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from surgery.folds.base import Fold
+from surgery.method.mask import Mask
+from surgery.outputs.checks import Check
+from surgery.patient.patient import Patient
+from surgery.patient.quantised import loadable
+
+if TYPE_CHECKING:
+    import torch
+
+# Tokens on which base, hooks and written checkpoint are compared logit by logit.
+VERIFY_TOKENS = 192
+
+
+class Batch:
+    """Held-out tokens of several sequences, so that padding counts, on the patient's device."""
+
+    def __init__(self, patient: Patient) -> None:
+        from surgery.models.observe import pad  # imports torch
+
+        self.device = patient.device
+        ids, real = pad(patient.held_out(VERIFY_TOKENS, VERIFY_TOKENS // 2))
+        self.ids, self.real = ids.to(self.device), real.bool().to(self.device)
+
+    def logits(
+        self, model: Any, context: AbstractContextManager[Any] | None = None
+    ) -> torch.Tensor:
+        """A model's logits at the real tokens, [tokens, vocabulary]."""
+        import torch
+
+        with torch.inference_mode(), context or nullcontext():
+            found: torch.Tensor = model(
+                input_ids=self.ids, attention_mask=self.real.long(), use_cache=False
+            ).logits[self.real]
+        return found
+
+
+def masked_logits(batch: Batch, patient: Patient, mask: Mask, tokens: str) -> torch.Tensor:
+    """The logits of a patient under the paper's hook, on the "first" token or on "every" one."""
+    from surgery.models.masking import wemask  # imports torch
+
+    context = wemask(patient.model, mask, tokens, anatomy=patient.anatomy)
+    return batch.logits(patient.model, context)
+
+
+def behaviour(patient: Patient, mask: Mask, fold: Fold, folder: Path) -> list[Check]:
+    """The written checkpoint, loaded by stock transformers, against the base under hooks.
+
+    The patient's model is released before the written one is loaded.
+
+    Raises:
+        BadCheckpoint: when the checkpoint does not load.
+    """
+    from surgery.models.loading import load_model  # imports torch
+
+    batch = Batch(patient)
+    base = batch.logits(patient.model)
+    reference = masked_logits(batch, patient, mask, fold.tokens)
+    patient.release()
+    with loadable(folder) as loaded:
+        model = load_model(
+            loaded,
+            dtype=patient.loading.dtype,
+            device=patient.device,
+            trust_remote_code=patient.loading.trust_remote_code,
+        )
+        checks = [
+            Check("stock transformers loads it, no weight missing", True, type(model).__name__)
+        ]
+        logits = batch.logits(model)
+        del model
+    finite = bool(logits.isfinite().all())
+    checks.append(Check("logits are finite", finite, f"{logits.shape[0]} tokens"))
+    if fold.exact:
+        # Halving a gain is exact in any binary format, scaling by other factors is rounded.
+        rounded = mask.strength not in (0.0, 1.0)
+        checks.append(_equal(logits, reference, patient.loading.dtype, rounded=rounded))
+    else:
+        checks.append(near_reference(logits, reference, base))
+    return checks
+
+
+def _equal(logits: Any, reference: Any, dtype: str, *, rounded: bool) -> Check:
+    """Logits that must be the reference's to the last bit, unless the edit was rounded."""
+    name = "logits equal the base under a hook that masks every token"
+    if logits.equal(reference):
+        return Check(name, True, f"bit-equal in {dtype}")
+    difference = float((logits.double() - reference.double()).abs().max())
+    largest = float(reference.double().abs().max())
+    why = (
+        "; scaled weights are rounded to the stored format"
+        if rounded
+        else (", expected bit-equality")
+    )
+    detail = f"largest difference {difference:.2e} (largest logit {largest:.3g}){why}"
+    return Check(name, rounded and difference <= 0.02 * largest, detail)
+
+
+def near_reference(logits: Any, reference: Any, base: Any) -> Check:
+    """Logits that approximate the paper's mask, and how much nearer they are than the base's."""
+    distance = divergence(reference, logits)
+    return Check(
+        "logits against the paper's mask (hook on the first token)",
+        math.isfinite(distance),
+        f"KL(reference ‖ this) {distance:.2e} nats per token; "
+        f"KL(reference ‖ base) {divergence(reference, base):.2e}",
+    )
+
+
+def divergence(known: Any, other: Any) -> float:
+    """KL(known ‖ other) in nats per token, of logits [tokens, vocabulary]."""
+    logs, others = known.float().log_softmax(-1), other.float().log_softmax(-1)
+    return float((logs.exp() * (logs - others)).sum(-1).double().mean())
