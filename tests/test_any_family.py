@@ -134,7 +134,8 @@ def test_supported(name: str, tmp_path: Path) -> None:
     norms = layer_norms(model, anatomy, prompts)
     expected = case.layer if case.lasts else None
     assert agree(norms).layer == expected
-    assert stream.stream_emergence(checkpoint, anatomy, prompts).emergence.layer == expected
+    streamed = stream.LayerStream(checkpoint, anatomy).locate(prompts)
+    assert streamed.emergence.layer == expected
 
     # Zeroing folds in every later layer: to the bit what the hook does, and nothing else changed.
     windows = texts.windows(tokenizer, texts.bundled("heldout"), 40, 120)

@@ -109,14 +109,12 @@ def _lent_evidence(
     patient: Patient, emergence: Emergence, settings: Settings
 ) -> tuple[Evidence, int]:
     """The evidence of a model that is never in memory whole, and the bytes it took to read."""
-    import torch
-
-    from surgery.models.lending import LentModel
+    from surgery.models.lending import LentModel  # imports torch
 
     lent = LentModel(
         patient.plain,
         patient.anatomy,
-        dtype=getattr(torch, settings.dtype),
+        dtype=settings.dtype,
         device=patient.device,
         trust_remote_code=settings.trust_remote_code,
     )

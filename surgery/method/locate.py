@@ -209,6 +209,7 @@ def agree(
     """
     masks = valid if valid is not None else [np.ones(p.shape[1], dtype=bool) for p in prompts]
     votes = tuple(vote(norms, mask, depth) for norms, mask in zip(prompts, masks, strict=True))
+    # Of layers with as many votes the one that the earlier prompt names; none reaches MAJORITY.
     winner, count = Counter(v.layer for v in votes).most_common(1)[0]
     agreement = count / len(votes)
     layer = winner if agreement >= MAJORITY else None
@@ -227,6 +228,7 @@ def agree(
 
 
 def _confidence(layer: int | None, agreement: float, best: float, runner_up: float) -> str:
+    """In a word: how far the winner is ahead, and how many prompts name it."""
     if layer is None:
         return "none"
     if agreement == 1.0 and best >= 4 * max(runner_up, MAGNIFIES):

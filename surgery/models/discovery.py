@@ -143,29 +143,24 @@ def attention_names(layer: torch.nn.Module) -> list[str]:
     ]
 
 
-def feed_forward_name(layer: torch.nn.Module, attention: str = "") -> str | None:
-    """Which child of a decoder layer is its FFN: the one with matrices that is nothing else.
-
-    Args:
-        layer: a decoder layer.
-        attention: the name of the child that is known to be attention, or to hold it.
+def feed_forward_names(model: Any, anatomy: Anatomy) -> list[str | None]:
+    """Which child of each decoder layer is its FFN: the one with matrices that is nothing else.
 
     Returns:
-        The child's name; None where there is no such child, or several.
+        Per layer, the child's name; None where there is no such child, or several.
     """
-    names = [
-        name
-        for name, child in layer.named_children()
-        if name != attention
-        and not is_norm(child)
-        and not any(word in name for word in ("attn", "attention", "mixer", "mamba"))
-        and any(parameter.dim() >= 2 for parameter in child.parameters())
-    ]
-    return names[0] if len(names) == 1 else None
-
-
-def attention_child(anatomy: Anatomy, layer: int) -> str:
-    """Which child of a decoder layer is or holds its attention; empty for a layer without."""
-    known = anatomy.inputs[layer]
-    prefix = f"{anatomy.layers_path}.{layer}."
-    return known.attention[len(prefix) :].partition(".")[0] if known is not None else ""
+    found = []
+    for index, layer in enumerate(decoder_layers(model, anatomy)):
+        known = anatomy.inputs[index]
+        path = f"{anatomy.layers_path}.{index}."
+        attention = known.attention[len(path) :].partition(".")[0] if known is not None else ""
+        names = [
+            name
+            for name, child in layer.named_children()
+            if name != attention
+            and not is_norm(child)
+            and not any(word in name for word in ("attn", "attention", "mixer", "mamba"))
+            and any(parameter.dim() >= 2 for parameter in child.parameters())
+        ]
+        found.append(names[0] if len(names) == 1 else None)
+    return found

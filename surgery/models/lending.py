@@ -30,13 +30,27 @@ class Lender:
         checkpoint: Checkpoint,
         anatomy: Anatomy,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: str = "float32",
         device: torch.device | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self._anatomy, self._device = anatomy, device or torch.device("cpu")
-        self._model = skeleton(checkpoint, trust_remote_code, dtype=dtype)
-        self._stored = StoredParameters(checkpoint, self._model, dtype, self._device)
+        """Builds the model; reads nothing of it yet.
+
+        Args:
+            checkpoint: on this disk or on the Hub.
+            anatomy: of it.
+            dtype: to compute in.
+            device: to compute on; the CPU where none is given.
+            trust_remote_code: whether code that the checkpoint brings may run.
+
+        Raises:
+            Unsupported: where transformers cannot build the model.
+        """
+        self._checkpoint, self._anatomy = checkpoint, anatomy
+        self._device = device or torch.device("cpu")
+        width: torch.dtype = getattr(torch, dtype)
+        self._model = skeleton(checkpoint, trust_remote_code, dtype=width)
+        self._stored = StoredParameters(checkpoint, self._model, width, self._device)
 
     @property
     def bytes_read(self) -> int:

@@ -18,9 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from surgery.errors import Unsupported
-from surgery.files.checkpoint import Checkpoint
 from surgery.method.locate import Emergence, agree, vote
-from surgery.models.anatomy import Anatomy
 from surgery.models.discovery import backbone, decoder_layers
 from surgery.models.lending import Lender
 from surgery.models.observe import Progress, hidden, pad, residual, standing_in
@@ -64,6 +62,35 @@ class Streamed:
 
 class LayerStream(Lender):
     """A model whose decoder layers run one after another on all prompts, each of them once."""
+
+    def locate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        all_layers: bool = False,
+        progress: Progress = lambda _done: None,
+    ) -> Streamed:
+        """Locate the ME Layer of a model that is never loaded whole.
+
+        Gives the layer and the norms of the full forward pass (relative difference below 1e-3 in
+        float32: padding and batching change the order of sums).
+
+        Args:
+            prompts: token ids.
+            all_layers: go on to the last layer, instead of stopping once the emergence has lasted.
+            progress: called with 1 after every layer.
+
+        Raises:
+            Unsupported: for layouts whose tensors do not map one to one onto the model's.
+        """
+        depth = self._anatomy.depth
+        norms = self.run(
+            prompts, lambda found: not all_layers and established(found, depth), progress
+        )
+        layers_run = norms[0].shape[0] - 1
+        logger.info("ran %d of %d layers", layers_run, depth)
+        emergence = agree(norms, depth=depth)
+        return Streamed(emergence, layers_run, depth, self.bytes_read, self._checkpoint.size)
 
     def run(
         self,
@@ -201,60 +228,6 @@ def established(norms: Sequence[NDArray[np.float64]], depth: int) -> bool:
         norms: per prompt, [layers run + 1, tokens].
         depth: number of layers of the model.
     """
-    done = norms[0].shape[0] - 1
-    for prompt in norms:
-        found = vote(prompt, depth=depth).layer
-        if found is None or done - 1 - found < PATIENCE:
-            return False
-    return True
-
-
-def stream_emergence(
-    checkpoint: Checkpoint,
-    anatomy: Anatomy,
-    prompts: Sequence[Sequence[int]],
-    *,
-    dtype: str = "float32",
-    device: torch.device | None = None,
-    all_layers: bool = False,
-    trust_remote_code: bool = False,
-    progress: Progress = lambda _done: None,
-) -> Streamed:
-    """Locate the ME Layer of a model that is never loaded whole.
-
-    Gives the layer and the norms of the full forward pass (relative difference below 1e-3 in
-    float32: padding and batching change the order of sums).
-
-    Args:
-        checkpoint: on this disk or on the Hub.
-        anatomy: of it.
-        prompts: token ids.
-        dtype: to compute in.
-        device: to compute on; the CPU where none is given.
-        all_layers: go on to the last layer, instead of stopping once the emergence has lasted.
-        trust_remote_code: whether code that the checkpoint brings may run.
-        progress: called with 1 after every layer.
-
-    Raises:
-        Unsupported: for layouts whose tensors do not map one to one onto the model's.
-    """
-    stream = LayerStream(
-        checkpoint,
-        anatomy,
-        dtype=getattr(torch, dtype),
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
-
-    def stop(norms: list[NDArray[np.float64]]) -> bool:
-        return not all_layers and established(norms, anatomy.depth)
-
-    norms = stream.run(prompts, stop, progress)
-    logger.info("ran %d of %d layers", norms[0].shape[0] - 1, anatomy.depth)
-    return Streamed(
-        emergence=agree(norms, depth=anatomy.depth),
-        layers_run=norms[0].shape[0] - 1,
-        depth=anatomy.depth,
-        bytes_read=stream.bytes_read,
-        bytes_total=checkpoint.size,
-    )
+    found = [vote(prompt, depth=depth).layer for prompt in norms]
+    last = norms[0].shape[0] - 2
+    return all(layer is not None and last - layer >= PATIENCE for layer in found)
