@@ -49,7 +49,9 @@ def _package_file(package: str, pattern: str) -> Path | None:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         return None
-    return next(iter(sorted(Path(next(iter(spec.submodule_search_locations))).rglob(pattern))), None)
+    return next(
+        iter(sorted(Path(next(iter(spec.submodule_search_locations))).rglob(pattern))), None
+    )
 
 
 def _gemma(work: Path) -> Path | None:

@@ -205,7 +205,7 @@ def _behaviour(patient: Patient, mask: Mask, edits: Sequence[Edit], folder: Path
     from surgery.models.loading import quiet
 
     patient.reporter.say("Verifying")
-    model, batch = patient.model, Batch(patient)
+    model, batch = patient.model, Batch.of(patient)
     base = batch.logits(model)
     reference = masked_logits(batch, patient, mask, "first")
     folded = batch.logits(model, edited(model, patient.plain, edits))

@@ -69,7 +69,7 @@ def agreement(
     from surgery.models.loading import load_model, quiet
     from surgery.models.masking import wemask
 
-    batch, loading = Batch(patient), patient.loading
+    batch, loading = Batch.of(patient), patient.loading
 
     def load(source: Path) -> Any:
         return load_model(
