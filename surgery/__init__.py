@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from surgery.method.locate import Emergence
     from surgery.method.mask import Mask
     from surgery.models.anatomy import Anatomy
-    from surgery.models.masking import weight_mask, wemask
-    from surgery.models.reference import masked
+    from surgery.models.masking import masked, weight_mask, wemask
     from surgery.outputs.checks import Verification
     from surgery.outputs.manifest import Manifest, read_manifest
     from surgery.outputs.pipeline import Conversion

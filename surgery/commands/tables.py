@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from surgery.files.checkpoint import Checkpoint
     from surgery.folds.edits import Edit
     from surgery.jobs.sweep import Sweep
-    from surgery.measure.probe import Evidence
+    from surgery.measure.evidence import Evidence
 
 
 def tables(result: Any) -> Iterator[RenderableType]:

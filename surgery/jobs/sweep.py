@@ -27,7 +27,8 @@ from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
 from surgery.files.staging import write_whole
 from surgery.files.text import read_json
 from surgery.jobs.convert import convert
-from surgery.measure.tasks import TaskScorer, TaskSettings, task_settings
+from surgery.measure.task_settings import TaskSettings, task_settings
+from surgery.measure.tasks import TaskScorer
 from surgery.method.mask import attention_targets, mask_size
 from surgery.models.anatomy import width_of
 from surgery.outputs.card import command_line
