@@ -188,23 +188,23 @@ class SharedStudy:
         ended = [results[key] for key, _ in points if key in results]
         return Progress(ended, len(points) - len(ended) - len(waiting), waiting)
 
-    def work(self, score: Callable[[Parameters], Ended], like: Parameters) -> Parameters | None:
+    def work(
+        self, progress: Progress, score: Callable[[Parameters], Ended], like: Parameters
+    ) -> Parameters:
         """Score a waiting point, unless it turns out to need no work or to have a worker.
 
         Args:
+            progress: of the last look, with at least one point that waits.
             score: ends the point of these parameters. What it raises is raised here, and the point
                 waits again.
             like: parameters that the point should share if possible, because the worker has what
                 they need in memory.
 
         Returns:
-            The point's parameters; None where none waits.
+            The point's parameters.
         """
         import optuna
 
-        progress = self.look()
-        if not progress.waiting:
-            return None
         # Beside others not the next one in order, which they want too.
         first = random.choice if progress.running else operator.itemgetter(0)
         near = [one for one in progress.waiting if like.items() <= one.items()]
