@@ -362,9 +362,7 @@ class SweptPoint:
     on_front: bool
 
 
-def plot_sweep(
-    points: Sequence[SweptPoint], path: Path, *, base: float | None, words: str
-) -> None:
+def plot_sweep(points: Sequence[SweptPoint], path: Path, *, base: float | None, words: str) -> None:
     """Score over rate: a panel per scope and strength, a line per fold and selection.
 
     Args:
