@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from surgery.jobs.analyze import Analysis, analyze
     from surgery.jobs.card import refresh_card
     from surgery.jobs.compare import Comparison, compare
-    from surgery.jobs.convert import Conversion, convert
+    from surgery.jobs.convert import convert
     from surgery.jobs.push import push
     from surgery.jobs.reproduce import reproduce
     from surgery.jobs.revert import revert
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from surgery.models.reference import masked
     from surgery.outputs.checks import Verification
     from surgery.outputs.manifest import Manifest, read_manifest
+    from surgery.outputs.pipeline import Conversion
     from surgery.outputs.plan import Plan
     from surgery.patient.source import resolve
     from surgery.reporter import Reporter

@@ -111,10 +111,6 @@ class Settings:
             if allowed is not None and value not in allowed:
                 name = known.metadata.get("name", f"--{known.name}")
                 raise BadSettings(f"{name} must be one of {', '.join(allowed)}; not {value!r}.")
-        if self.form != "checkpoint" and not self.fold_used.low_rank:
-            raise BadSettings(
-                f"--as {self.form} needs --fold sink: the other folds are no low-rank updates."
-            )
         self.selection  # noqa: B018  (which checks itself)
         if self.layer is not None and self.layers is not None:
             raise BadSettings("Give either --layer (the ME Layer) or --layers (targets), not both.")

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from surgery.errors import BadCheckpoint, SurgeryError, Unsupported
-from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint, read_header
+from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
+from surgery.files.safetensors_file import read_header
 from surgery.outputs.plan import make_plan
 
 Tiny = Callable[..., Path]

@@ -14,7 +14,8 @@ from tiny_models import FAMILIES
 import surgery
 from surgery.errors import Unsupported
 from surgery.files.checkpoint import Checkpoint
-from surgery.folds.calibrate import Leak, sink_directions
+from surgery.folds.base import Leak
+from surgery.folds.calibrate import sink_directions
 from surgery.folds.editing import edited
 from surgery.folds.edits import SinkDirection
 from surgery.folds.registry import make_edits

@@ -22,15 +22,16 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
-from surgery.files import dtypes
+from surgery.files import descriptors, dtypes
 from surgery.files.checkpoint import Checkpoint
-from surgery.folds import fold
-from surgery.folds.edits import Edit, SinkDirection
+from surgery.files.generated import CARD, FIGURE, MANIFEST, UNDO
+from surgery.folds import edits as fold
+from surgery.folds.edits import Columns, Edit, Gain, RankOne, SinkDirection
 from surgery.folds.registry import make_edits
 from surgery.method.mask import Mask
 from surgery.models.anatomy import describe
 from surgery.outputs import write
-from surgery.outputs.plan import CARD, FIGURE, MANIFEST, UNDO, Plan, make_plan
+from surgery.outputs.plan import Plan, make_plan
 from surgery.outputs.write import copy_plan, staging
 
 Tiny = Callable[..., Path]
@@ -199,7 +200,7 @@ def test_output_that_appears_while_writing(
         (output / "theirs.txt").write_text("theirs")
         return done
 
-    monkeypatch.setattr("surgery.jobs.convert.copy_plan", slow)
+    monkeypatch.setattr("surgery.outputs.folder.copy_plan", slow)
     for overwrite in (False, True):
         with pytest.raises(BadSettings):
             surgery.convert(str(tiny()), layer=3, check=False, output=output, overwrite=overwrite)
@@ -386,25 +387,25 @@ def test_planning_touches_nothing(tiny: Tiny, tmp_path: Path) -> None:
     ("edits", "kind", "word"),
     [
         (
-            [Edit("nothing", 0, "gain", (1,), 1.0)],
+            [Gain("nothing", 0, (1,), 1.0)],
             BadCheckpoint,
             r"^The checkpoint has no tensor nothing to edit\.$",
         ),
         (
-            [Edit("a", 0, "gain", (1,), 1.0)] * 2,
+            [Gain("a", 0, (1,), 1.0)] * 2,
             BadCheckpoint,
             r"^a would be edited twice\.$",
         ),
         (
-            [Edit("a", 0, "gain", (4,), 1.0)],
+            [Gain("a", 0, (4,), 1.0)],
             BadCheckpoint,
             r"^a has shape \[4\], which the mask does not fit\.$",
         ),
-        ([Edit("a", 0, "columns", (1,), 1.0)], BadCheckpoint, "the mask does not fit"),
-        ([Edit("b", 0, "columns", (2,), 1.0)], BadCheckpoint, "the mask does not fit"),
-        ([Edit("b", 0, "columns", (3,), 1.0, axis=0)], BadCheckpoint, "the mask does not fit"),
+        ([Columns("a", 0, (1,), 1.0)], BadCheckpoint, "the mask does not fit"),
+        ([Columns("b", 0, (2,), 1.0)], BadCheckpoint, "the mask does not fit"),
+        ([Columns("b", 0, (3,), 1.0, axis=0)], BadCheckpoint, "the mask does not fit"),
         (
-            [Edit("i", 0, "gain", (1,), 1.0)],
+            [Gain("i", 0, (1,), 1.0)],
             Unsupported,
             r"^i is stored as I8, which cannot be edited; convert the unquantised checkpoint\.$",
         ),
@@ -530,7 +531,7 @@ def test_copying_by_reading(
     """Where the kernel cannot copy, and where there is no such call at all (code None)."""
     plan = planned(tiny("llama", shards=3), tmp_path / "out")
     expected = copied(plan, snapshot)
-    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(write, "share_blocks", lambda *_: False)
     if code is None:
         monkeypatch.delattr(os, "copy_file_range")
     else:
@@ -546,15 +547,15 @@ def test_copying_by_reflink(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snapshot: Snapshot
 ) -> None:
     plan = planned(tiny("llama", shards=3), tmp_path / "out")
-    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(write, "share_blocks", lambda *_: False)
     expected = copied(plan, snapshot)
 
     def share(reader: int, writer: int) -> bool:
         os.pwrite(writer, os.pread(reader, 10**9, 0), 0)
         return True
 
-    monkeypatch.setattr(write, "_reflink", share)
-    monkeypatch.setattr(write, "_copy_range", None)  # not needed
+    monkeypatch.setattr(write, "share_blocks", share)
+    monkeypatch.setattr(write, "copy_at", None)  # not needed
     assert copied(plan, snapshot) == expected
 
 
@@ -570,7 +571,7 @@ def test_any_step_size(
     """Tensors straddle the steps, hashing runs behind: the bytes and hashes are the same."""
     plan = planned(tiny("llama", layers=6), tmp_path / "out", "sink")
     expected = copied(plan, snapshot)
-    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(write, "share_blocks", lambda *_: False)
     monkeypatch.setattr(write, "STEP", step)
     monkeypatch.setattr(write, "_READ", read)
     assert copied(plan, snapshot) == expected
@@ -580,17 +581,17 @@ def test_the_calls_that_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both copy from the source to the target, from a position to the same one."""
     called: list[tuple[Any, ...]] = []
     monkeypatch.setattr("fcntl.ioctl", lambda *args: called.append(args))
-    assert write._reflink(3, 4) is True
+    assert descriptors.share_blocks(3, 4) is True
     assert called.pop() == (4, 0x40049409, 3)
     monkeypatch.setattr(os, "copy_file_range", lambda *args: called.append(args) or 7)
-    assert write._copy_range(3, 4, 100, 20) == 7
+    assert descriptors.copy_at(3, 4, 100, 20) == 7
     assert called.pop() == (3, 4, 100, 20, 20)
 
     def unsupported(*_args: Any) -> None:
         raise OSError(errno.EOPNOTSUPP, "not on this file system")
 
     monkeypatch.setattr("fcntl.ioctl", unsupported)
-    assert write._reflink(3, 4) is False
+    assert descriptors.share_blocks(3, 4) is False
 
 
 @pytest.mark.parametrize("moved", [0, errno.EIO])
@@ -605,9 +606,9 @@ def test_a_disk_that_fails_is_not_asked_again(
             raise OSError(moved, "Input/output error")
         return 0
 
-    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(write, "share_blocks", lambda *_: False)
     monkeypatch.setattr(os, "copy_file_range", copy)
-    monkeypatch.setattr(write, "_copy_read", None)
+    monkeypatch.setattr(descriptors, "read_at", None)
     sentence = (
         f"Writing {tmp_path / 'out'} failed: Input/output error."
         if moved
@@ -675,7 +676,7 @@ def test_short_reads_and_writes(
     def cannot(*_args: Any) -> int:
         raise OSError(errno.EXDEV, "cannot")
 
-    monkeypatch.setattr(write, "_reflink", lambda *_: False)
+    monkeypatch.setattr(write, "share_blocks", lambda *_: False)
     monkeypatch.setattr(os, "copy_file_range", cannot)
     monkeypatch.setattr(os, "pwrite", lambda fd, raw, at: pwrite(fd, bytes(raw[:5000]), at))
     monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:4000]], at))
@@ -767,7 +768,7 @@ def test_an_edit_that_does_not_fit_the_format(tiny_copy: Tiny, tmp_path: Path) -
     folder, output = tiny_copy("llama", dtype=torch.float16), tmp_path / "out"
     plan = planned(folder, output, "sink")
     huge = SinkDirection(np.full(2, 1e30, np.float32), np.ones(64, np.float32))
-    edits = tuple(Edit(e.tensor, e.layer, e.kind, e.dimensions, 1.0, sink=huge) for e in plan.edits)
+    edits = tuple(RankOne(e.tensor, e.layer, e.dimensions, 1.0, sink=huge) for e in plan.edits)
     plan = make_plan(plan.checkpoint, edits, output)
     with (
         pytest.raises(BadCheckpoint, match="does not fit into F16"),
@@ -792,15 +793,15 @@ def test_source_that_shrinks(
 ) -> None:
     source = tiny_copy()
     file = source / "model.safetensors"
-    copy_range = write._copy_range
+    copy_at = write.copy_at
 
     def shrinking(reader: int, writer: int, count: int, position: int) -> int:
         if position and os.fstat(reader).st_size == file.stat().st_size:
             os.truncate(file, position)
-        return copy_range(reader, writer, count, position)
+        return copy_at(reader, writer, count, position)
 
-    monkeypatch.setattr(write, "_reflink", lambda *_: False)
-    monkeypatch.setattr(write, "_copy_range", shrinking)
+    monkeypatch.setattr(write, "share_blocks", lambda *_: False)
+    monkeypatch.setattr(write, "copy_at", shrinking)
     monkeypatch.setattr(write, "STEP", 100_000)
     interrupted(tmp_path, source, BadCheckpoint, "became shorter while it was read")
 
@@ -836,7 +837,7 @@ def test_source_file_that_vanished(
         (source / "tokenizer.json").unlink()
         return copy(plan, *rest)
 
-    monkeypatch.setattr("surgery.jobs.convert.copy_plan", after_deletion)
+    monkeypatch.setattr("surgery.outputs.folder.copy_plan", after_deletion)
     interrupted(tmp_path, source, SurgeryError)
 
 
@@ -852,9 +853,9 @@ def test_source_file_that_vanished(
             BadSettings,
         ),
         ("surgery.files.staging.sync_tree", OSError(errno.EIO, "Input/output error"), BadSettings),
-        ("surgery.jobs.convert.render_card", RuntimeError("bug"), RuntimeError),
-        ("surgery.jobs.convert.write_manifest", KeyboardInterrupt(), KeyboardInterrupt),
-        ("surgery.jobs.convert.verify_edits", MemoryError(), MemoryError),
+        ("surgery.outputs.describe.render_card", RuntimeError("bug"), RuntimeError),
+        ("surgery.outputs.describe.write_manifest", KeyboardInterrupt(), KeyboardInterrupt),
+        ("surgery.outputs.folder.verify_edits", MemoryError(), MemoryError),
         ("tempfile.mkdtemp", OSError(errno.EROFS, "Read-only file system"), BadSettings),
     ],
 )

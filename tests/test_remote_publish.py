@@ -12,7 +12,8 @@ import pytest
 import tiny_models
 from hub_server import HubServer
 
-from surgery.files.checkpoint import LocalFiles, Origin, open_checkpoint
+from surgery.files.checkpoint import Origin, open_checkpoint
+from surgery.files.ranges import LocalFiles
 from surgery.patient.remote import KeptRanges
 
 Run = Callable[..., Any]

@@ -12,7 +12,7 @@ import pytest
 
 import surgery
 from surgery.errors import BadCheckpoint, BadSettings
-from surgery.outputs.plan import UNDO
+from surgery.files.generated import UNDO
 
 Tiny = Callable[..., Path]
 QUICK = {"check": False, "layer": 3}

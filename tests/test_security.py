@@ -21,7 +21,7 @@ from shared import Run, Tiny
 
 import surgery
 from surgery.commands import _COMMANDS
-from surgery.files.checkpoint import LARGEST_TEXT
+from surgery.files.text import LARGEST_TEXT
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
 from test_merging import a_recipe

@@ -19,7 +19,9 @@ from safetensors.torch import load_file
 import surgery
 from surgery.errors import BadCheckpoint, BadSettings
 from surgery.files.checkpoint import INDEX, SINGLE
-from surgery.patient.source import cache_folder, file_sha256, resolve
+from surgery.files.digests import file_sha256
+from surgery.patient.cache import cache_folder
+from surgery.patient.source import resolve
 
 Tiny = Callable[..., Path]
 Run = Callable[..., Any]

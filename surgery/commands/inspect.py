@@ -18,11 +18,11 @@ def command(folder: Path, as_json: bool, quiet: bool) -> None:
     from rich.table import Table
 
     from surgery.commands.terminal import Terminal, print_json, safe
-    from surgery.files.checkpoint import read_json
+    from surgery.files.generated import MANIFEST
+    from surgery.files.text import read_json
     from surgery.outputs.card import command_line
     from surgery.outputs.gguf_container import read_embedded
     from surgery.outputs.manifest import read_manifest
-    from surgery.outputs.plan import MANIFEST
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
     manifest = read_embedded(folder)[0] if folder.is_file() else read_manifest(folder)

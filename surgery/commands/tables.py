@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from surgery.commands.terminal import printable, safe
+from surgery.files.generated import UNDO
 from surgery.method.locate import Emergence
 from surgery.outputs.checks import Verification
-from surgery.outputs.plan import UNDO, Plan, RemotePlan
+from surgery.outputs.plan import Plan, RemotePlan
 
 if TYPE_CHECKING:
     from surgery.files.checkpoint import Checkpoint

@@ -7,6 +7,7 @@ metadata entries, the entries, one record per tensor, padding, data.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import re
 import struct
@@ -16,25 +17,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from surgery.errors import BadCheckpoint, Unsupported
 
 F32 = 0  # ggml's number for the type
 _MAGIC = b"GGUF"
 _START = 24
 _ALIGNMENT_KEY, _DEFAULT_ALIGNMENT = "general.alignment", 32
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+# GGUF's numbers for types, as struct calls them.
+_SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _UINT32, _STRING, _ARRAY = 4, 8, 9
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 # More dimensions than ggml knows, and longer arrays than any vocabulary, are damage.
@@ -55,10 +48,20 @@ _SIZES = (
     "attention.value_length",
 )
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor: ggml's type number, shape as numpy has it (last axis varies fastest), bytes."""
+    """One tensor.
+
+    Attributes:
+        name: Its name.
+        kind: ggml's number for its type.
+        shape: As numpy has it: the last axis varies fastest.
+        begin: Its first byte, from the start of the file.
+        size: Its bytes.
+    """
 
     name: str
     kind: int
@@ -68,16 +71,25 @@ class GgufTensor:
 
     @property
     def end(self) -> int:
+        """The byte after its last one."""
         return self.begin + self.size
 
 
 @dataclass(frozen=True)
 class GgufFile:
-    """A GGUF file, described from its head.
+    """A GGUF file, described from its head. All positions are bytes from the start of the file.
 
-    values: scalars and strings of the metadata; arrays are left out. places: where each of these
-    values lies. metadata_end, table_end: where the metadata and the tensor table end. data: where
-    tensor data begins. All positions are bytes from the start of the file.
+    Attributes:
+        path: Where it lies.
+        size: Its bytes.
+        entries: How many metadata it has.
+        values: Scalars and strings of the metadata; arrays are left out.
+        places: Where each of these values lies.
+        tensors: Its tensors by name.
+        alignment: What the position of every tensor is a multiple of.
+        metadata_end: Where the metadata end.
+        table_end: Where the tensor table ends.
+        data: Where tensor data begins.
     """
 
     path: Path
@@ -105,11 +117,13 @@ class GgufFile:
         without: int = 0,
         metadata_end: int | None = None,
     ) -> bytes:
-        """Everything before the data, with metadata added at its end.
+        """Everything before the data, with metadata added at its end, or taken away again.
 
-        added: strings and unsigned 32-bit numbers. changed: new values of entries that are
-        unsigned 32-bit numbers already. without, metadata_end: to take away again what was added:
-        how many entries, and where the first of them began.
+        Args:
+            added: Strings and unsigned 32-bit numbers to add.
+            changed: New values of entries that are unsigned 32-bit numbers already.
+            without: How many entries to take away.
+            metadata_end: Where the first of these begins.
         """
         with open(self.path, "rb") as file:
             raw = bytearray(file.read(self.table_end))
@@ -182,8 +196,9 @@ class _Reader:
 def read_gguf(path: Path) -> GgufFile:
     """Describe a GGUF file.
 
-    Raises BadCheckpoint for a damaged or truncated file, Unsupported for GGUF version 1 and for
-    big-endian files.
+    Raises:
+        BadCheckpoint: It is damaged, truncated or something else.
+        Unsupported: It is GGUF version 1, or big-endian.
     """
     try:
         size = path.stat().st_size
@@ -229,6 +244,7 @@ def _read(path: Path, size: int, reader: _Reader) -> GgufFile:
         if tensor.end > size or name in tensors:
             raise BadCheckpoint(f"{path} is damaged or truncated at the tensor {name}.")
         tensors[name] = tensor
+    _log.debug("%s: %d tensors, %d metadata", path, len(tensors), entries)
     return GgufFile(
         path, size, entries, values, places, tensors, alignment, metadata_end, reader.position, data
     )
@@ -275,9 +291,8 @@ def tensor_size(kind: int, shape: tuple[int, ...]) -> int:
     return prod(shape) // block * width
 
 
-def values_of(file: GgufFile, tensor: GgufTensor) -> Any:
+def values_of(file: GgufFile, tensor: GgufTensor) -> NDArray[np.float32]:
     """A tensor as float32, dequantised; shape as `GgufTensor.shape`."""
-    import numpy as np
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -288,7 +303,7 @@ def values_of(file: GgufFile, tensor: GgufTensor) -> Any:
     kind = GGMLQuantizationType(tensor.kind)
     if kind == GGMLQuantizationType.F16:
         return rows.view("<f2").astype(np.float32)
-    return dequantize(rows, kind).reshape(tensor.shape)
+    return np.asarray(dequantize(rows, kind).reshape(tensor.shape))
 
 
 def shards_of(path: Path) -> list[Path]:

@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
+import logging
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from surgery.errors import BadSettings, SurgeryError
+from surgery.files.locks import LOCK, locked
+from surgery.files.text import write_text
 
 _PART, _OLD = ".part", ".old"
 # In a temporary folder: the names of its files, which are about to be put beside it.
 _READY = ".ready"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+# Windows opens no folders, and there nothing need be done for a name to be on the disk.
+_FOLDERS_OPEN = hasattr(os, "O_DIRECTORY")
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
 def replacing(output: Path, check: Callable[[], None]) -> Iterator[Path]:
     """A temporary sibling of `output` that becomes `output` when the block ends well.
 
-    check: called just before, raises where `output` must not be created or replaced. On any error
-    the sibling is removed, parents made for it too, and `output` stays what it was. What a killed
-    process left behind is removed first.
+    On any error the sibling is removed, parents made for it too, and `output` stays what it was.
+    What a killed process left behind is removed first.
+
+    Args:
+        output: The folder to make or replace.
+        check: Called just before; raises where `output` must not be created or replaced.
+
+    Raises:
+        BadSettings: The disk refuses.
     """
     try:
         with temporary_sibling(output) as folder:
@@ -49,26 +61,35 @@ def temporary_sibling(output: Path) -> Iterator[Path]:
     was killed. Parents made for it are removed on an error.
     """
     made = [parent for parent in output.parents if not parent.exists()]
-    folder: Path | None = None
-    lock: int | None = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         remove_stale(output)
-        while folder is None or lock is None:
-            name = tempfile.mkdtemp(prefix=f".{output.name}.", suffix=_PART, dir=output.parent)
-            folder = Path(name)
-            lock = _lock(folder)
-        yield folder
+        with _locked_folder(output) as folder:
+            yield folder
     except BaseException:
-        _remove(folder)
         for parent in made:
             with suppress(OSError):  # somebody else uses it by now
                 parent.rmdir()
         raise
-    finally:
-        if lock is not None:
-            _remove(folder)
-            os.close(lock)
+
+
+@contextmanager
+def _locked_folder(output: Path) -> Iterator[Path]:
+    with ExitStack() as stack:
+        folder: Path | None = None
+        # Until it is locked, another process may take it for stale.
+        while folder is None or not folder.is_dir():
+            stack.close()
+            name = tempfile.mkdtemp(prefix=f".{output.name}.", suffix=_PART, dir=output.parent)
+            folder = Path(name)
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                stack.enter_context(locked(folder, wait=True))
+        _log.debug("writing into %s", folder)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # while it is locked
 
 
 def remove_stale(output: Path) -> bool:
@@ -78,50 +99,38 @@ def remove_stale(output: Path) -> bool:
     """
     finished = False
     # As `tempfile.mkdtemp` names them: a folder that a user calls something like it stays.
-    ours = re.compile(rf"\.{re.escape(output.name)}\.[a-z0-9_]{{8}}({_PART}|{_OLD})")
+    ours = re.compile(rf"\.{re.escape(output.name)}\.[a-z0-9_]{{8}}({_PART}|{_OLD}|{LOCK})")
     try:
-        entries = [entry for entry in os.scandir(output.parent) if entry.name[:1] == "."]
+        entries = [Path(entry) for entry in os.scandir(output.parent) if entry.name[:1] == "."]
     except OSError:
         return False
     for entry in entries:
-        mine = ours.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
-        if mine and entry.name.endswith(_PART):
-            finished |= _remove_abandoned(Path(entry.path))
-        elif mine and entry.name.endswith(_OLD):
-            if os.path.lexists(output):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
-                with suppress(OSError):
-                    os.rename(entry.path, output)
+        if not ours.fullmatch(entry.name) or entry.is_symlink():
+            continue
+        if entry.suffix == LOCK:  # taken once more, it goes when it is left
+            with suppress(OSError), locked(entry.with_suffix(_PART)):
+                pass
+        elif not entry.is_dir():
+            continue
+        elif entry.suffix == _PART:
+            finished |= _remove_abandoned(entry)
+        elif os.path.lexists(output):
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                os.rename(entry, output)
     return finished
 
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder while the block runs; BadSettings where one is in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise BadSettings(f"Another process is working in {folder}; wait for it.") from error
-    except OSError:  # a file system without locks
-        pass
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except BlockingIOError as error:
+            raise BadSettings(f"Another process is working in {folder}; wait for it.") from error
         yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None when another process took it for stale."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    with suppress(OSError):  # a file system without locks: nothing is ever taken for stale there
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    if not folder.is_dir():
-        os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _remove_abandoned(folder: Path) -> bool:
@@ -129,24 +138,15 @@ def _remove_abandoned(folder: Path) -> bool:
 
     What `put_each` had begun with it is finished; returns whether there was such.
     """
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return False
     ready = False
-    with suppress(OSError):
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        ready = (folder / _READY).is_file()
-        if ready:
-            _put_ready(folder)
-        shutil.rmtree(folder, ignore_errors=True)
-    os.close(descriptor)
+    with suppress(OSError), locked(folder) as sure:
+        if sure:
+            _log.info("removing %s, which a killed process left behind", folder)
+            ready = (folder / _READY).is_file()
+            if ready:
+                _put_ready(folder)
+            shutil.rmtree(folder, ignore_errors=True)
     return ready
-
-
-def _remove(folder: Path | None) -> None:
-    if folder is not None:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def put(folder: Path, output: Path) -> None:
@@ -155,6 +155,7 @@ def put(folder: Path, output: Path) -> None:
         os.rename(folder, output)
     elif not _exchange(folder, output):
         old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=_OLD, dir=output.parent))
+        old.rmdir()  # a POSIX system alone renames to the name of an empty folder
         os.rename(output, old)
         try:
             os.rename(folder, output)
@@ -163,6 +164,7 @@ def put(folder: Path, output: Path) -> None:
             raise SurgeryError(f"{output} could not be replaced: {error.strerror}.") from error
         shutil.rmtree(old)
     _sync_folder(output.parent)
+    _log.debug("%s is whole", output)
 
 
 def write_whole(path: Path, raw: bytes) -> None:
@@ -172,9 +174,8 @@ def write_whole(path: Path, raw: bytes) -> None:
     """
     part = path.with_name(f".{path.name}{_PART}")
     part.unlink(missing_ok=True)
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with open(descriptor, "wb") as file:
+        with open(part, "xb") as file:
             file.write(raw)
         os.replace(part, path)
     except BaseException:
@@ -190,7 +191,7 @@ def put_each(folder: Path, names: Sequence[str]) -> None:
     """
     if len(names) > 1:
         part = folder / f"{_READY}{_PART}"
-        part.write_text("\n".join(names), encoding="utf-8")
+        write_text(part, "\n".join(names))
         os.replace(part, folder / _READY)
         try:
             _put_ready(folder)
@@ -203,7 +204,7 @@ def put_each(folder: Path, names: Sequence[str]) -> None:
 
 
 def _put_ready(folder: Path) -> None:
-    names = [Path(name).name for name in (folder / _READY).read_text("utf-8").split("\n")]
+    names = [Path(name).name for name in (folder / _READY).read_bytes().decode().split("\n")]
     if (folder / names[0]).exists():
         # With an earlier one in its place, a mixture of two outputs could be read meanwhile.
         (folder.parent / names[0]).unlink(missing_ok=True)
@@ -214,8 +215,9 @@ def _put_ready(folder: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two names in one step; False where the system cannot."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    if rename is None:
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError, TypeError):  # not Linux; Windows names every library
         return False
     names = os.fsencode(one), os.fsencode(other)
     done: int = rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE)
@@ -226,16 +228,18 @@ def sync_tree(folder: Path) -> None:
     """Wait until a folder's files and names are on the disk."""
     for root, _directories, files in os.walk(folder):
         for name in files:
-            descriptor = os.open(Path(root) / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            # Windows flushes only what could be written.
+            _sync(Path(root) / name, os.O_RDONLY if _FOLDERS_OPEN else os.O_RDWR)
         _sync_folder(Path(root))
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+    if _FOLDERS_OPEN:
+        _sync(folder, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from surgery.errors import BadSettings
 from surgery.files.checkpoint import check_links
+from surgery.files.generated import CARD, FIGURE, MANIFEST
 from surgery.files.staging import write_whole
 from surgery.outputs.card import front_matter, render_card
 from surgery.outputs.manifest import FileRecord, read_manifest, write_manifest
-from surgery.outputs.plan import CARD, FIGURE, MANIFEST
 from surgery.outputs.results import results_for
 
 

@@ -21,15 +21,16 @@ from numpy.typing import NDArray
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
 from surgery.files.checkpoint import Checkpoint
+from surgery.files.digests import file_sha256
+from surgery.files.generated import MANIFEST
 from surgery.files.staging import write_whole
 from surgery.measure.tasks import load_tasks, run_tasks, task_settings
 from surgery.method.mask import Mask, target_layers
 from surgery.models.anatomy import Anatomy, depth_of, text_config, width_of
 from surgery.outputs.manifest import clean_numbers, read_manifest, tool_version, versions
-from surgery.outputs.plan import MANIFEST
 from surgery.patient.locating import choose_mask, find_emergence
 from surgery.patient.patient import examine
-from surgery.patient.source import file_sha256, resolve
+from surgery.patient.source import resolve
 from surgery.reporter import SILENT, Reporter
 from surgery.settings import Settings
 

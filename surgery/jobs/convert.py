@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from surgery.files.checkpoint import Checkpoint, Origin
-from surgery.files.staging import remove_stale
-from surgery.measure.quality import Quality
 from surgery.method.locate import Emergence
 from surgery.method.mask import Mask, mask_size
 from surgery.models.anatomy import depth_of, width_of
 from surgery.outputs.base import Request
-from surgery.outputs.checks import Verification
-from surgery.outputs.manifest import Manifest, clean_numbers
-from surgery.outputs.operation import Operation, decide
-from surgery.outputs.plan import Plan
+from surgery.outputs.operation import decide
+from surgery.outputs.pipeline import Conversion, carry_out
 from surgery.outputs.registry import output_for
 from surgery.patient.patient import Patient
 from surgery.patient.source import resolve
@@ -24,29 +20,6 @@ from surgery.reporter import SILENT, Reporter
 from surgery.settings import Settings
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What `convert` did: every object of the pipeline.
-
-    Attributes:
-        output: the folder or file, of several shards the first.
-        plan: what was written, or would be.
-        mask: S of every target layer, and γ.
-        emergence: what was located; None where target layers were given.
-        quality: what the gate measured; None where it was skipped.
-        verification: what was proven; None after a dry run.
-        manifest: None after a dry run.
-    """
-
-    output: Path
-    plan: Plan
-    mask: Mask
-    emergence: Emergence | None
-    quality: Quality | None
-    verification: Verification | None
-    manifest: Manifest | None
 
 
 def convert(
@@ -117,35 +90,7 @@ def convert(
         dequantise=not settings.needs_no_weights,
     )
     operation = decide(patient, settings, mask=mask, emergence=emergence)
-    if not dry_run:
-        # Before the plan looks at the output and at the free space. What an earlier run was killed
-        # in the middle of putting there, this one may replace.
-        overwrite |= remove_stale(target)
-    plan = kind.plan(operation, target, overwrite=overwrite)
-    reporter.show(plan)
-    mask, emergence = operation.mask, operation.emergence
-    if dry_run:
-        return Conversion(plan.product, plan, mask, emergence, None, None, None)
-    quality, manifest = _measured(operation, plan)
-    verification, manifest = kind.write(plan, manifest, operation)
-    logger.info("Wrote %s", plan.product)
-    return Conversion(plan.product, plan, mask, emergence, quality, verification, manifest)
-
-
-def _measured(operation: Operation, plan: Plan) -> tuple[Quality | None, Manifest]:
-    """What the gate measured, unless it is skipped, and the manifest that says so."""
-    from surgery.measure.gate import measure_fold, passes  # imports torch
-
-    settings, patient, mask = operation.settings, operation.patient, operation.mask
-    if not settings.check:
-        return None, operation.manifest(plan)
-    quality, calibration = measure_fold(
-        patient, mask, operation.edits, operation.calibration, settings.check_tokens
-    )
-    patient.reporter.show(quality)
-    forced = not passes(patient, mask, quality, settings)
-    record = {**quality.as_dict(), "forced": forced, "leak_text": "held-out text"}
-    return quality, operation.manifest(plan, clean_numbers(record), calibration)
+    return carry_out(operation, kind, target, overwrite=overwrite, dry_run=dry_run)
 
 
 def _default_name(checkpoint: Checkpoint, settings: Settings) -> tuple[str, list[str]]:

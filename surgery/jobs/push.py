@@ -8,10 +8,10 @@ from pathlib import Path
 
 from surgery.errors import VerificationFailed
 from surgery.files.checkpoint import check_links
+from surgery.files.generated import MANIFEST
 from surgery.outputs.checks import verify_files
 from surgery.outputs.hub import STALE, Pushed, in_one_sentence, one_file, visible_files
 from surgery.outputs.manifest import read_manifest
-from surgery.outputs.plan import MANIFEST
 from surgery.patient.repository import repository_name
 from surgery.reporter import SILENT, Reporter
 

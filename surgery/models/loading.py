@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, first_line
-from surgery.files.checkpoint import Origin, open_checkpoint, read_json
+from surgery.files.checkpoint import Origin, open_checkpoint
+from surgery.files.text import read_json
 from surgery.models.anatomy import is_multimodal
 
 if TYPE_CHECKING:

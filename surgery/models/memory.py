@@ -13,7 +13,7 @@ def return_freed_memory() -> None:
     called before large blocks are allocated; does nothing with another C library.
     """
     trim_threshold, mmap_threshold = -1, -3  # mallopt's numbers for them, from malloc.h
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, AttributeError, TypeError):  # Windows: every library has a name
         libc = ctypes.CDLL(None)
         libc.mallopt(trim_threshold, 1 << 20)
         libc.mallopt(mmap_threshold, 1 << 20)

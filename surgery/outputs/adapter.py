@@ -13,8 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from surgery.errors import BadCheckpoint, BadSettings, first_line
-from surgery.files.checkpoint import LocalFiles, Origin, parse_header, read_json
-from surgery.files.safetensors_file import write_safetensors
+from surgery.files.checkpoint import Origin
+from surgery.files.generated import CARD, MANIFEST
+from surgery.files.ranges import LocalFiles
+from surgery.files.safetensors_file import parse_header, write_safetensors
+from surgery.files.text import read_json, write_text
 from surgery.folds.edits import Edit
 from surgery.method.mask import Mask
 from surgery.outputs.base import (
@@ -31,7 +34,7 @@ from surgery.outputs.describe import FileComparison, compare_files, describe, ha
 from surgery.outputs.low_rank import Term, base_name, size_of, terms_of
 from surgery.outputs.manifest import Manifest
 from surgery.outputs.operation import Operation
-from surgery.outputs.plan import CARD, MANIFEST, FilePlan, Plan, check_output, check_space
+from surgery.outputs.plan import FilePlan, Plan, check_output, check_space
 from surgery.outputs.review import Review
 from surgery.outputs.write import staging
 from surgery.patient.patient import Patient
@@ -151,7 +154,7 @@ def write_peft(
 ) -> tuple[str, ...]:
     """Write a PEFT adapter into a folder; returns the names of its files."""
     config = peft_config(origin, terms, strength, transposed=transposed)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     tensors: dict[str, NDArray] = {}
     for term in terms:
         name = f"base_model.model.{term.module}"
@@ -202,7 +205,7 @@ def _behaviour(patient: Patient, mask: Mask, edits: Sequence[Edit], folder: Path
     from surgery.models.loading import quiet
 
     patient.reporter.say("Verifying")
-    model, batch = patient.model, Batch(patient)
+    model, batch = patient.model, Batch.of(patient)
     base = batch.logits(model)
     reference = masked_logits(batch, patient, mask, "first")
     folded = batch.logits(model, edited(model, patient.plain, edits))

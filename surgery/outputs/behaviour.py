@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.folds.base import Fold
 from surgery.method.mask import Mask
 from surgery.outputs.checks import Check
-from surgery.patient.patient import Patient
+from surgery.patient.patient import Loading, Patient
 from surgery.patient.quantised import loadable
 
 if TYPE_CHECKING:
@@ -20,15 +21,27 @@ if TYPE_CHECKING:
 VERIFY_TOKENS = 192
 
 
+@dataclass(frozen=True)
 class Batch:
-    """Held-out tokens of several sequences, so that padding counts, on the patient's device."""
+    """Tokens of several sequences, so that padding counts.
 
-    def __init__(self, patient: Patient) -> None:
+    Attributes:
+        ids: token ids, [sequences, longest].
+        real: False at padding, [sequences, longest].
+        device: that models run on.
+    """
+
+    ids: torch.Tensor
+    real: torch.Tensor
+    device: torch.device
+
+    @classmethod
+    def of(cls, patient: Patient) -> Batch:
+        """Held-out text, on the patient's device."""
         from surgery.models.observe import pad  # imports torch
 
-        self.device = patient.device
         ids, real = pad(patient.held_out(VERIFY_TOKENS, VERIFY_TOKENS // 2))
-        self.ids, self.real = ids.to(self.device), real.bool().to(self.device)
+        return cls(ids.to(patient.device), real.bool().to(patient.device), patient.device)
 
     def logits(
         self, model: Any, context: AbstractContextManager[Any] | None = None
@@ -59,36 +72,36 @@ def behaviour(patient: Patient, mask: Mask, fold: Fold, folder: Path) -> list[Ch
     Raises:
         BadCheckpoint: when the checkpoint does not load.
     """
-    from surgery.models.loading import load_model  # imports torch
-
-    batch = Batch(patient)
+    batch = Batch.of(patient)
     base = batch.logits(patient.model)
     reference = masked_logits(batch, patient, mask, fold.tokens)
     patient.release()
+    # Halving a gain is exact in any binary format, scaling by other factors is rounded.
+    rounded = mask.strength not in (0.0, 1.0)
     with loadable(folder) as loaded:
-        model = load_model(
-            loaded,
-            dtype=patient.loading.dtype,
-            device=patient.device,
-            trust_remote_code=patient.loading.trust_remote_code,
-        )
-        checks = [
-            Check("stock transformers loads it, no weight missing", True, type(model).__name__)
-        ]
-        logits = batch.logits(model)
-        del model
-    finite = bool(logits.isfinite().all())
-    checks.append(Check("logits are finite", finite, f"{logits.shape[0]} tokens"))
+        logits, checks = stock_load(loaded, batch, patient.loading)
     if fold.exact:
-        # Halving a gain is exact in any binary format, scaling by other factors is rounded.
-        rounded = mask.strength not in (0.0, 1.0)
-        checks.append(_equal(logits, reference, patient.loading.dtype, rounded=rounded))
-    else:
-        checks.append(near_reference(logits, reference, base))
-    return checks
+        return [*checks, equal(logits, reference, patient.loading.dtype, rounded=rounded)]
+    return [*checks, near_reference(logits, reference, base)]
 
 
-def _equal(logits: Any, reference: Any, dtype: str, *, rounded: bool) -> Check:
+def stock_load(folder: Path, batch: Batch, loading: Loading) -> tuple[torch.Tensor, list[Check]]:
+    """A written checkpoint's logits in stock transformers, and that there are any."""
+    from surgery.models.loading import load_model  # imports torch
+
+    model = load_model(
+        folder,
+        dtype=loading.dtype,
+        device=batch.device,
+        trust_remote_code=loading.trust_remote_code,
+    )
+    loads = Check("stock transformers loads it, no weight missing", True, type(model).__name__)
+    logits = batch.logits(model)
+    finite = bool(logits.isfinite().all())
+    return logits, [loads, Check("logits are finite", finite, f"{logits.shape[0]} tokens")]
+
+
+def equal(logits: Any, reference: Any, dtype: str, *, rounded: bool) -> Check:
     """Logits that must be the reference's to the last bit, unless the edit was rounded."""
     name = "logits equal the base under a hook that masks every token"
     if logits.equal(reference):

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery.files import plain_yaml
+from surgery.files.generated import UNDO
 from surgery.files.resources import resource_folder
 from surgery.outputs.manifest import Manifest
-from surgery.outputs.plan import UNDO
 from surgery.outputs.results import card_words, model_index
 from surgery.outputs.training_record import training_words
 

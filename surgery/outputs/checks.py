@@ -10,9 +10,11 @@ from typing import Any
 
 from surgery.errors import BadCheckpoint, SurgeryError, VerificationFailed
 from surgery.files.checkpoint import Checkpoint, Origin, check_links, open_checkpoint
+from surgery.files.descriptors import read_at
+from surgery.files.digests import file_sha256
+from surgery.files.generated import GENERATED
 from surgery.folds.edits import Edit
 from surgery.outputs.manifest import FileRecord
-from surgery.outputs.plan import GENERATED
 from surgery.outputs.write import edited_blocks
 
 _STEP = 4 * 1024 * 1024
@@ -83,7 +85,7 @@ def verify_edits(base: Checkpoint, folder: Path, edits: Sequence[Edit]) -> Check
                 open(folder / entry.file, "rb") as written,
             ):
                 for position, block in edited_blocks(source.fileno(), entry, edit):
-                    if os.pread(written.fileno(), len(block), position) != bytes(block):
+                    if read_at(written.fileno(), len(block), position) != bytes(block):
                         raise BadCheckpoint(f"{edit.tensor} is not what the edit gives")
         return f"{len(edits)} tensors recomputed"
 
@@ -130,8 +132,8 @@ def _compare_files(source: Path, written: Path, skip: list[tuple[int, int]]) -> 
             for begin, end in [*skip, (size, size)]:
                 while position < begin:
                     count = min(_STEP, begin - position)
-                    left = os.pread(one.fileno(), count, position)
-                    if left != os.pread(other.fileno(), count, position) or not left:
+                    left = read_at(one.fileno(), count, position)
+                    if left != read_at(other.fileno(), count, position) or not left:
                         raise BadCheckpoint(
                             f"{written.name} differs from the base near byte {position}"
                         )
@@ -145,7 +147,6 @@ def _compare_files(source: Path, written: Path, skip: list[tuple[int, int]]) -> 
 
 def verify_files(folder: Path, files: Sequence[FileRecord]) -> Check:
     """sha256 of every file against the manifest."""
-    from surgery.patient.source import file_sha256
 
     def test() -> str:
         check_links(folder, [record.name for record in files])

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from surgery.files.checkpoint import Checkpoint
+from surgery.files.digests import file_sha256
+from surgery.files.generated import CARD, FIGURE, MANIFEST
+from surgery.files.text import write_text
 from surgery.outputs.card import front_matter, render_card
 from surgery.outputs.manifest import FileRecord, Manifest, write_manifest
-from surgery.outputs.plan import CARD, FIGURE, MANIFEST
-from surgery.patient.source import file_sha256
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def describe(
 ) -> Manifest:
     """Write card and manifest into a folder; the manifest with every generated file in it."""
     card = render_card(manifest, front_matter(base.folder / CARD), figure=FIGURE in generated)
-    (folder / CARD).write_text(card, encoding="utf-8")
+    write_text(folder / CARD, card)
     made = [hashed(folder, name) for name in generated if name != MANIFEST]
     manifest = replace(manifest, files=[*manifest.files, *made])
     write_manifest(manifest, folder)

@@ -8,10 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from surgery.errors import BadCheckpoint
-from surgery.files.checkpoint import Checkpoint, Origin, TensorEntry, open_checkpoint
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
+from surgery.files.digests import file_sha256
+from surgery.files.generated import FIGURE, GENERATED, UNDO
+from surgery.files.safetensors_file import TensorEntry
 from surgery.files.staging import replacing
 from surgery.folds.edits import Edit
-from surgery.outputs.base import FileComparison, Output, Request, Restored
+from surgery.outputs.base import Output, Request, Restored
 from surgery.outputs.behaviour import behaviour
 from surgery.outputs.checks import (
     Check,
@@ -22,14 +25,10 @@ from surgery.outputs.checks import (
     verify_structure,
     verify_untouched,
 )
-from surgery.outputs.describe import compare_files, describe
-from surgery.outputs.figure import plot_layers
+from surgery.outputs.describe import FileComparison, compare_files, describe
 from surgery.outputs.manifest import FileRecord, Manifest
 from surgery.outputs.operation import Operation
 from surgery.outputs.plan import (
-    FIGURE,
-    GENERATED,
-    UNDO,
     Plan,
     check_apart,
     check_free,
@@ -40,8 +39,9 @@ from surgery.outputs.plan import (
 from surgery.outputs.review import Review
 from surgery.outputs.undo import UndoFile, needs_file, undo_size, unpack_file, write_undo
 from surgery.outputs.write import copy_plan, staging
+from surgery.patient.hub import check_downloads
 from surgery.patient.quantised import require_editable
-from surgery.patient.source import check_downloads, file_sha256
+from surgery.report.plots import plot_layers
 
 # The stored bytes of a tensor before its edit, from the edit, its entry and its present bytes.
 Original = Callable[[Edit, TensorEntry, bytes], bytes]

@@ -35,8 +35,9 @@ from surgery.outputs.manifest import Manifest
 from surgery.outputs.operation import Operation
 from surgery.outputs.plan import FilePlan, Plan, check_space, edits_by_file
 from surgery.outputs.review import Review
+from surgery.patient.containers import gguf_source, gguf_to_safetensors
 from surgery.patient.patient import Patient
-from surgery.patient.source import gguf_source, gguf_to_safetensors, resolve
+from surgery.patient.source import resolve
 
 
 class Gguf(Output):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
+from surgery.files.digests import file_sha256
 from surgery.files.gguf_file import F32, GgufFile, read_gguf, shard_path, shards_of
 from surgery.files.staging import put_each, sync_tree, temporary_sibling
 from surgery.folds.edits import EDITS
@@ -18,7 +19,6 @@ from surgery.outputs.describe import FileComparison
 from surgery.outputs.gguf_names import MANIFEST_KEY
 from surgery.outputs.manifest import Manifest, parse_manifest
 from surgery.outputs.plan import check_apart, check_parent
-from surgery.patient.source import file_sha256
 
 
 def targets_of(output: Path, count: int) -> list[Path]:

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import BadCheckpoint, Unsupported
-from surgery.files.checkpoint import Checkpoint, Origin, TensorEntry
+from surgery.files.checkpoint import Checkpoint, Origin
+from surgery.files.digests import file_sha256
 from surgery.files.gguf_file import F32, GgufFile, read_gguf, shards_of, tensor_type, values_of
+from surgery.files.safetensors_file import TensorEntry
 from surgery.folds.edits import Bias, Edit, Gain
 from surgery.method.mask import Mask
 from surgery.models.anatomy import effective_gain
@@ -29,7 +31,6 @@ from surgery.outputs.gguf_names import MANIFEST_KEY, base_model, gguf_name
 from surgery.outputs.manifest import FileRecord, Manifest, manifest_text
 from surgery.outputs.plan import Plan
 from surgery.patient.patient import Patient
-from surgery.patient.source import file_sha256
 
 _COUNT_KEY = "general.base_model.count"
 _STEP = 4 * 1024 * 1024

@@ -10,7 +10,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from surgery.errors import BadSettings, SurgeryError
-from surgery.patient.source import hub_words
+from surgery.patient.hub import hub_words
 
 STALE = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf")
 

@@ -8,7 +8,6 @@ reads.
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,27 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, VerificationFailed
-from surgery.files.checkpoint import Checkpoint, carried, divided, read_header
+from surgery.files.checkpoint import Checkpoint, carried, divided
+from surgery.files.descriptors import read_at, write_exactly
+from surgery.files.generated import CARD, FIGURE, GENERATED, MANIFEST
+from surgery.files.safetensors_file import read_header
 from surgery.folds.edits import Edit
 from surgery.outputs.checks import Verification, checked
 from surgery.outputs.describe import describe, hashed
-from surgery.outputs.figure import plot_layers
 from surgery.outputs.hub import Pushed, in_one_sentence, stale_files
 from surgery.outputs.manifest import FileRecord, Manifest
 from surgery.outputs.operation import Operation
-from surgery.outputs.plan import (
-    CARD,
-    FIGURE,
-    GENERATED,
-    MANIFEST,
-    RemoteFile,
-    RemotePlan,
-    edits_by_file,
-)
+from surgery.outputs.plan import RemoteFile, RemotePlan, edits_by_file
 from surgery.outputs.write import edited_blocks
+from surgery.patient.hub import hub_words
 from surgery.patient.quantised import method_of
 from surgery.patient.repository import repository_name
-from surgery.patient.source import hub_words
+from surgery.report.plots import plot_layers
 from surgery.settings import Settings
 
 _STEP = 8 * 1024 * 1024
@@ -167,7 +161,7 @@ def _patched(
         for edit in edits:
             entry = checkpoint.tensors[edit.tensor]
             for position, block in edited_blocks(file.fileno(), entry, edit):
-                os.pwrite(file.fileno(), block, position)
+                write_exactly(file.fileno(), block, position)
 
 
 def _describe(
@@ -221,7 +215,7 @@ def _verify(
             entry = checkpoint.tensors[edit.tensor]
             expected = edit.apply(checkpoint.read(edit.tensor), entry.dtype).tobytes()
             with open(folder / entry.file, "rb") as file:
-                if os.pread(file.fileno(), entry.size, entry.begin) != expected:
+                if read_at(file.fileno(), entry.size, entry.begin) != expected:
                     raise BadCheckpoint(f"{edit.tensor} is not what the edit gives")
         return f"{len(edits)} tensors recomputed"
 

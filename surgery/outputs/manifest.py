@@ -14,13 +14,14 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from surgery.errors import BadCheckpoint, SurgeryError
-from surgery.files.checkpoint import Checkpoint, Origin, read_json
+from surgery.files.checkpoint import Checkpoint, Origin
+from surgery.files.generated import GENERATED, MANIFEST
 from surgery.files.staging import write_whole
+from surgery.files.text import read_json
 from surgery.folds.base import Calibration, Leak
 from surgery.folds.edits import EDITS, Edit, SinkDirection, pack, unpack
 from surgery.method.mask import Mask, check_strength
 from surgery.models.loading import AutoClass
-from surgery.outputs.plan import GENERATED, MANIFEST
 from surgery.outputs.results import check_results
 from surgery.outputs.training_record import TrainingRecord, check_training
 from surgery.outputs.undo import unpack_file

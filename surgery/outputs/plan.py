@@ -11,16 +11,11 @@ from typing import Any
 
 from surgery.errors import BadCheckpoint, BadSettings, Unsupported
 from surgery.files.checkpoint import Checkpoint
+from surgery.files.generated import CARD, FIGURE, GENERATED, MANIFEST, UNDO
+from surgery.files.paths import is_same, is_within, longest_name
 from surgery.folds.edits import Edit
 from surgery.models.anatomy import is_editable
 
-MANIFEST = "surgery.json"
-CARD = "README.md"
-FIGURE = "surgery_layers.png"
-LOSS_FIGURE = "surgery_loss.png"
-# In a folder of its own, where no runtime looks that loads every *.safetensors of a checkpoint.
-UNDO = "undo/surgery_undo.safetensors"
-GENERATED = (CARD, MANIFEST, FIGURE, LOSS_FIGURE, UNDO)
 # Room for the card, the manifest and the figure.
 _MARGIN = 8 * 1024 * 1024
 
@@ -227,14 +222,10 @@ def edits_by_file(
 
 def check_apart(sources: Iterable[Path], output: Path) -> None:
     """Raise BadSettings where an output is one of the sources, or lies inside or around one."""
-    real_output = output.resolve()
     for source in sources:
-        real_source = source.resolve()
-        # Not Path.exists, which raises for names that cannot be.
-        same = os.path.exists(source) and os.path.exists(output) and source.samefile(output)
-        if same or real_output == real_source:
+        if is_same(source, output):
             raise BadSettings("The output is the source itself; choose another --output.")
-        if real_source in real_output.parents or real_output in real_source.parents:
+        if is_within(output, source) or is_within(source, output):
             raise BadSettings(
                 f"The output {output} and the source {source} lie inside one another; "
                 "choose an --output elsewhere."
@@ -265,8 +256,7 @@ def check_parent(output: Path) -> None:
     if not os.access(parent, os.W_OK | os.X_OK):
         raise BadSettings(f"{parent} is not writable; choose another --output.")
     # What is written has a longer name until it is whole: see `staging.temporary_sibling`.
-    length = len(os.fsencode(f".{output.name}.12345678.part"))
-    if 0 < os.pathconf(parent, "PC_NAME_MAX") < length:
+    if longest_name(parent) < len(os.fsencode(f".{output.name}.12345678.part")):
         raise BadSettings(f"The name {output.name} is too long; choose another --output.")
 
 

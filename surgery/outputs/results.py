@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadSettings
-from surgery.files.checkpoint import read_json
+from surgery.files.text import read_json
 
 SCHEMA = 1
 LABELS = {

@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from surgery.errors import BadCheckpoint
 from surgery.files import dtypes
-from surgery.files.checkpoint import LARGEST_TEXT, Checkpoint, LocalFiles, TensorEntry, parse_header
-from surgery.files.safetensors_file import write_safetensors
+from surgery.files.checkpoint import Checkpoint
+from surgery.files.generated import CARD, FIGURE, LOSS_FIGURE, MANIFEST
+from surgery.files.ranges import LocalFiles
+from surgery.files.safetensors_file import TensorEntry, parse_header, write_safetensors
+from surgery.files.text import LARGEST_TEXT
 from surgery.folds.edits import Edit
-from surgery.outputs.plan import CARD, FIGURE, LOSS_FIGURE, MANIFEST
 
 
 def needs_file(edits: Iterable[Edit]) -> list[Edit]:

@@ -5,14 +5,13 @@ Memory is bounded by one block of one edited tensor, whatever the size of the mo
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,15 @@ from numpy.typing import NDArray
 
 from surgery.errors import BadCheckpoint
 from surgery.files import dtypes
-from surgery.files.checkpoint import Checkpoint, TensorEntry
+from surgery.files.checkpoint import Checkpoint
+from surgery.files.descriptors import (
+    begin_write_back,
+    copy_at,
+    read_exactly,
+    share_blocks,
+    write_exactly,
+)
+from surgery.files.safetensors_file import TensorEntry
 from surgery.files.staging import replacing
 from surgery.folds.edits import Edit
 from surgery.outputs.plan import FilePlan, Plan, check_output
@@ -30,14 +37,22 @@ from surgery.outputs.plan import FilePlan, Plan, check_output
 # cache; large enough that the system calls do not count.
 STEP = 8 * 1024 * 1024
 _READ = 1024 * 1024
-_FICLONE = 0x40049409  # Linux: share the extents of another file (reflink)
+
+_log = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Written:
-    """One written file: sha256 of its bytes, and of the source's where they differ."""
+    """One written file.
+
+    Attributes:
+        name: Its name in the checkpoint.
+        size: Its bytes.
+        sha256: Of what was written.
+        source_sha256: Of what it was copied from; the same where nothing was patched.
+    """
 
     name: str
     size: int
@@ -46,10 +61,16 @@ class Written:
 
 
 def copy_plan(plan: Plan, folder: Path, progress: Progress = lambda _bytes: None) -> list[Written]:
-    """Write every file of a plan into `folder`, in the plan's order.
+    """Write every file of a plan into `folder`, in the plan's order; copying and hashing overlap.
 
-    Copying and hashing overlap. Raises BadCheckpoint when the source changes underneath or holds
-    values that are not finite in an edited tensor.
+    Args:
+        plan: What to write.
+        folder: Where; it exists and holds none of the files.
+        progress: Told the bytes of every step.
+
+    Raises:
+        BadCheckpoint: The source changes underneath, or an edited tensor holds values that are not
+            finite.
     """
     ordered = sorted(plan.files, key=lambda file: -file.size)
     workers = max(2, min(4, os.cpu_count() or 2))
@@ -88,6 +109,7 @@ def _write_file(
         if hasher.error is not None:
             raise hasher.error
         _require_unchanged(checkpoint, file, reader.fileno())
+    _log.debug("%s: %d bytes, %d edits", file.name, size, len(file.edits))
     return Written(file.name, size, hasher.written, hasher.source)
 
 
@@ -170,12 +192,12 @@ class _Hasher(threading.Thread):
             if source is None:
                 end = min(end, self._first_patch)
             part = view[: end - position]
-            _read_exactly(self._writer, part, position)
+            read_exactly(self._writer, part, position)
             digest.update(part)
             self._progress(end - position)
             position = end
             if position - begun >= STEP:
-                _begin_write_back(self._writer, begun, position - begun)
+                begin_write_back(self._writer, begun, position - begun)
                 begun = position
         self.written = digest.hexdigest()
         self.source = source.result() if source is not None else self.written
@@ -187,30 +209,9 @@ class _Hasher(threading.Thread):
             if self._ready.failed:
                 break
             part = view[: self._size - position]
-            _read_exactly(self._reader, part, position)
+            read_exactly(self._reader, part, position)
             digest.update(part)
         return digest.hexdigest()
-
-
-def _begin_write_back(descriptor: int, position: int, count: int) -> None:
-    """Let the disk work while more is hashed, so that the fsync in the end finds little to do.
-
-    Linux takes the advice to start writing dirty pages (these are) and to drop clean ones.
-    """
-    if hasattr(os, "posix_fadvise"):
-        with suppress(OSError):  # it is only advice
-            os.posix_fadvise(descriptor, position, count, os.POSIX_FADV_DONTNEED)
-
-
-def _read_exactly(descriptor: int, view: memoryview, position: int) -> None:
-    done = 0
-    while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], position + done)
-        if count == 0:
-            raise BadCheckpoint(
-                "A file became shorter while it was read; run the conversion again."
-            )
-        done += count
 
 
 class _Patches:
@@ -226,20 +227,26 @@ class _Patches:
         while self._pending and self._pending[0][0].end <= copied:
             entry, edit = self._pending.pop(0)
             for position, raw in edited_blocks(reader, entry, edit):
-                _write_exactly(writer, raw, position)
+                write_exactly(writer, raw, position)
         return min([copied, *(entry.begin for entry, _ in self._pending[:1])])
 
 
 def edited_blocks(reader: int, entry: TensorEntry, edit: Edit) -> Iterator[tuple[int, memoryview]]:
-    """Offsets and bytes of an edited tensor, computed from the source file's descriptor.
+    """Offsets and bytes of an edited tensor, block by block.
 
-    Raises BadCheckpoint where the tensor holds values that are not finite.
+    Args:
+        reader: The descriptor of the source's file.
+        entry: Where the tensor lies in it.
+        edit: What is done to it.
+
+    Raises:
+        BadCheckpoint: The tensor holds values that are not finite, or the edit gives such.
     """
     width = entry.size // max(1, entry.shape[0])
 
     def read(block: slice) -> NDArray:
         raw = bytearray((block.stop - block.start) * width)
-        _read_exactly(reader, memoryview(raw), entry.begin + block.start * width)
+        read_exactly(reader, memoryview(raw), entry.begin + block.start * width)
         rows = dtypes.decode(raw, entry.dtype, (block.stop - block.start, *entry.shape[1:]))
         if not dtypes.all_finite(rows):
             raise BadCheckpoint(
@@ -254,52 +261,17 @@ def edited_blocks(reader: int, entry: TensorEntry, edit: Edit) -> Iterator[tuple
         yield entry.begin + block.start * width, memoryview(raw.data)
 
 
-def _write_exactly(descriptor: int, raw: memoryview, position: int) -> None:
-    done = 0
-    while done < len(raw):
-        done += os.pwrite(descriptor, raw[done:], position + done)
-
-
 def _copy(reader: int, writer: int, size: int, patches: _Patches, ready: _Watermark) -> None:
-    if _reflink(reader, writer):
+    if share_blocks(reader, writer):
         ready.advance(patches.apply(reader, writer, size))
         return
     position = 0
-    copier = _copy_range
     while position < size:
-        count = min(STEP, size - position)
-        try:
-            moved = copier(reader, writer, count, position)
-        except OSError as error:
-            unsupported = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
-            if copier is _copy_read or error.errno not in unsupported:
-                raise
-            copier = _copy_read
-            continue
+        moved = copy_at(reader, writer, min(STEP, size - position), position)
         if moved == 0:
             raise BadCheckpoint("The source became shorter while it was read; run it again.")
         position += moved
         ready.advance(patches.apply(reader, writer, position))
-
-
-def _reflink(reader: int, writer: int) -> bool:
-    try:
-        fcntl.ioctl(writer, _FICLONE, reader)
-    except OSError:
-        return False
-    return True
-
-
-def _copy_range(reader: int, writer: int, count: int, position: int) -> int:
-    if not hasattr(os, "copy_file_range"):
-        raise OSError(errno.ENOSYS, "copy_file_range")
-    return os.copy_file_range(reader, writer, count, position, position)
-
-
-def _copy_read(reader: int, writer: int, count: int, position: int) -> int:
-    raw = os.pread(reader, count, position)
-    _write_exactly(writer, memoryview(raw), position)
-    return len(raw)
 
 
 @contextmanager

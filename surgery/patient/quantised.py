@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,8 +26,10 @@ from numpy.typing import NDArray
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
 from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
+from surgery.files.digests import file_sha256
 from surgery.files.safetensors_file import write_safetensors
-from surgery.patient.source import file_sha256, kept
+from surgery.files.text import write_text
+from surgery.patient.cache import kept
 
 # Part of the name under which a dequantised copy is kept: raised when the functions change.
 _READER = 2
@@ -34,6 +37,8 @@ _INTEGERS = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, "U32": np.uint32, "
 # Where AWQ's packing puts the columns of each group of eight.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 _NF4 = "weight.quant_state.bitsandbytes__"
+
+_log = logging.getLogger(__name__)
 
 Array = NDArray[Any]
 Parts = Mapping[str, Array]
@@ -176,7 +181,13 @@ def eight_bit(parts: Parts, _settings: Mapping[str, Any]) -> Weight:
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store a weight: tensors whose presence tells it, further ones, and its meaning."""
+    """One way to store a weight.
+
+    Attributes:
+        told_by: Tensors whose presence tells it, by their names below the module's.
+        further: Tensors that may be there besides.
+        dequantise: The weight [out, in], from these tensors and the method's settings.
+    """
 
     told_by: tuple[str, ...]
     further: tuple[str, ...]
@@ -325,7 +336,10 @@ def write_dequantised(checkpoint: Checkpoint, folder: Path) -> None:
     config = dict(checkpoint.config)
     for key in ("quantization_config", "compression_config"):
         config.pop(key, None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    _log.debug(
+        "%s: %d tensors dequantised", folder, sum(one is not None for one, _ in plan.values())
+    )
 
 
 def _shape(
@@ -350,7 +364,12 @@ def _shape(
 def dequantised(checkpoint: Checkpoint, say: Callable[[str], None]) -> Checkpoint:
     """The checkpoint to analyse: the plain one itself, or a dequantised copy, made once and kept.
 
-    Raises Unsupported for methods that are not read here.
+    Args:
+        checkpoint: As stored.
+        say: Told what takes time.
+
+    Raises:
+        Unsupported: Its method is not read here.
     """
     method = method_of(checkpoint.config)
     if not method:

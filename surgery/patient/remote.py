@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from surgery.errors import BadCheckpoint
-from surgery.files.checkpoint import Ranges
-from surgery.outputs.plan import FIGURE, LOSS_FIGURE
-from surgery.patient.source import hub_words
+from surgery.files.generated import CARD, FIGURE, LOSS_FIGURE
+from surgery.files.ranges import Ranges
+from surgery.patient.hub import hub_words
 
 # Requests under way at once; each costs a round trip, not bandwidth.
 _PARALLEL = 8
 # What describes a model, next to its weights, and what generated files take the place of.
-SMALL_FILES = [
-    *("*.json", "*.model", "*.txt", "*.jinja", "*.py"),
-    *("README.md", FIGURE, LOSS_FIGURE),
-]
+SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", CARD, FIGURE, LOSS_FIGURE]
+
+_log = logging.getLogger(__name__)
 
 
 class HubRanges:
@@ -63,6 +63,7 @@ class HubRanges:
             raise BadCheckpoint(f"{self._root}/{file} ends early on the Hub.")
         with self._lock:
             self.bytes_read += len(raw)
+        _log.debug("%s/%s: bytes %d to %d", self._root, file, begin, end)
         return raw
 
     def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:

@@ -7,13 +7,14 @@ direction, `heldout` for measuring.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import BadSettings, SurgeryError
-from surgery.files.checkpoint import read_text
+from surgery.errors import BadSettings, SurgeryError, first_line
+from surgery.files.text import read_text
 
 FOLDER = Path(__file__).parent / "data"
 # The first lines of the bundled calibration text are one prompt of each kind, from about ten to
@@ -29,10 +30,17 @@ _CHARACTERS = 12
 # Shorter remainders of a text say little about a model.
 SHORTEST = 8
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Text:
-    """A text and what kind it is."""
+    """A text.
+
+    Attributes:
+        kind: What kind it is, such as "code"; "text" where nobody says.
+        text: The text itself.
+    """
 
     kind: str
     text: str
@@ -55,7 +63,8 @@ def bundled(name: str) -> list[Text]:
 def read_texts(path: Path) -> list[Text]:
     """Texts from a JSONL file ("text", or "messages" with "content") or a plain text file.
 
-    Raises BadSettings for a file without usable text.
+    Raises:
+        BadSettings: The file holds no usable text.
     """
     try:
         raw = read_text(path)
@@ -68,6 +77,7 @@ def read_texts(path: Path) -> list[Text]:
     texts = [text for text in texts if text.text.strip()]
     if not texts:
         raise BadSettings(f"The text file {path} holds no text.")
+    _log.debug("%s: %d texts", path, len(texts))
     return texts
 
 
@@ -95,8 +105,15 @@ def _from_row(row: Any) -> Text:
 def dataset_texts(name: str, tokens: int) -> list[Text]:
     """The first rows of a Hub data set as one text, enough for about `tokens` tokens.
 
-    name: hub:REPOSITORY[[:CONFIGURATION]:SPLIT]; the split is "test" unless given. Rows have
-    "text", or "messages" with "content". Raises SurgeryError where it cannot be read.
+    Rows have "text", or "messages" with "content".
+
+    Args:
+        name: hub:REPOSITORY[[:CONFIGURATION]:SPLIT]; the split is "test" unless given.
+        tokens: How many tokens are wanted.
+
+    Raises:
+        SurgeryError: It cannot be read.
+        BadSettings: It holds no text.
     """
     try:
         from datasets import load_dataset
@@ -117,8 +134,7 @@ def dataset_texts(name: str, tokens: int) -> list[Text]:
             if size >= _CHARACTERS * tokens:
                 break
     except Exception as error:  # whatever the Hub, the network or the data set's files give
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise SurgeryError(f"The data set {name} cannot be read: {first}") from error
+        raise SurgeryError(f"The data set {name} cannot be read: {first_line(error)}") from error
     if not size:
         raise BadSettings(f"The data set {name} holds no text.")
     return [Text("text", "\n".join(rows))]
@@ -139,8 +155,16 @@ def windows(
     """Texts cut into sequences of at most `length` tokens, each with the usual first token.
 
     Whatever the tokenizer puts in front (a BOS, in many models the sink) stands in front of every
-    sequence, so that each one looks like the beginning of a prompt. limit: stop after so many
-    tokens, at least one sequence.
+    sequence, so that each one looks like the beginning of a prompt.
+
+    Args:
+        tokenizer: The model's own.
+        texts: What to cut.
+        length: Tokens of a sequence, at most.
+        limit: Tokens after which to stop, with one sequence at least.
+
+    Raises:
+        BadSettings: No text has the tokens of a short sequence.
     """
     found: list[list[int]] = []
     total = 0

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from surgery.errors import BadCheckpoint, BadSettings
-from surgery.files.checkpoint import Origin, read_json
+from surgery.files.checkpoint import Origin
+from surgery.files.text import read_json
 from surgery.outputs.card import command_line
 from surgery.outputs.manifest import clean_numbers
 from surgery.outputs.plan import check_apart

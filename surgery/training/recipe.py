@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 from surgery.errors import BadSettings, SurgeryError
 from surgery.files import plain_yaml
-from surgery.files.checkpoint import read_json, read_text
+from surgery.files.text import read_json, read_text
 from surgery.models.loading import quiet
 from surgery.outputs.treatment import BLOCK, Treatment
 

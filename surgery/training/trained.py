@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from surgery.files.checkpoint import Checkpoint
+from surgery.files.generated import CARD, FIGURE, LOSS_FIGURE, MANIFEST
+from surgery.files.text import write_text
 from surgery.folds.base import Fold
 from surgery.method.mask import Mask
 from surgery.outputs.behaviour import Batch, divergence
@@ -20,7 +22,6 @@ from surgery.outputs.card import front_matter, render_card
 from surgery.outputs.checks import Check, Verification
 from surgery.outputs.describe import hashed
 from surgery.outputs.manifest import read_manifest, write_manifest
-from surgery.outputs.plan import CARD, FIGURE, LOSS_FIGURE, MANIFEST
 from surgery.outputs.training_record import training_words
 from surgery.patient.patient import Patient
 from surgery.training.lora import LowRank
@@ -68,7 +69,7 @@ def agreement(
     from surgery.models.loading import load_model, quiet
     from surgery.models.masking import wemask
 
-    batch, loading = Batch(patient), patient.loading
+    batch, loading = Batch.of(patient), patient.loading
 
     def load(source: Path) -> Any:
         return load_model(
@@ -148,14 +149,14 @@ def add_training(
             verification=Verification(tuple(checks)).as_dict(),
         )
         card = render_card(manifest, metadata, figure=(folder / FIGURE).is_file())
-        (folder / CARD).write_text(card, encoding="utf-8")
+        write_text(folder / CARD, card)
         known = [file for file in manifest.files if file.name != CARD]
         names = [CARD, *([LOSS_FIGURE] if figure is not None else [])]
         files = [*known, *(hashed(folder, name) for name in names)]
         write_manifest(replace(manifest, files=files), folder)
         return
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(plain_card(record, checks, metadata, folder), encoding="utf-8")
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    write_text(folder / CARD, plain_card(record, checks, metadata, folder))
 
 
 def plain_card(

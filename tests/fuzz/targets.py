@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadCheckpoint, SurgeryError
-from surgery.files import checkpoint, gguf_file
-from surgery.files.checkpoint import Checkpoint, Origin, TensorEntry
+from surgery.files import checkpoint, gguf_file, safetensors_file, text
+from surgery.files.checkpoint import Checkpoint, Origin
+from surgery.files.safetensors_file import TensorEntry
 from surgery.models import anatomy, families
 from surgery.outputs import card, manifest, results
 from surgery.training import recipe
@@ -64,7 +65,7 @@ def _file(name: str, data: bytes) -> Path:
 
 def safetensors(data: bytes) -> None:
     """A safetensors file, of which the header is read."""
-    checkpoint.parse_header(_Bytes(data), "model.safetensors")  # type: ignore[arg-type]
+    safetensors_file.parse_header(_Bytes(data), "model.safetensors")  # type: ignore[arg-type]
 
 
 def index(data: bytes) -> None:
@@ -82,7 +83,7 @@ def index(data: bytes) -> None:
 
 def config(data: bytes) -> None:
     """A config.json, from which the anatomy is described."""
-    found = checkpoint.read_json(_file("config.json", data))
+    found = text.read_json(_file("config.json", data))
     shapes = {
         f"model.layers.{layer}.{name}.weight": shape
         for layer in range(3)
@@ -114,7 +115,7 @@ def gguf(data: bytes) -> None:
 
 def surgery_json(data: bytes) -> None:
     """A manifest, and the edits it describes."""
-    manifest.parse_manifest(checkpoint.read_json(_file("surgery.json", data)), "surgery.json")
+    manifest.parse_manifest(text.read_json(_file("surgery.json", data)), "surgery.json")
 
 
 def recipe_yaml(data: bytes) -> None:
@@ -204,7 +205,7 @@ def model_card(data: bytes) -> None:
 
 def results_json(data: bytes) -> None:
     """A results file for a card."""
-    found = checkpoint.read_json(_file("results.json", data))
+    found = text.read_json(_file("results.json", data))
     try:
         results.check_results(found)
     except (KeyError, TypeError, AttributeError, ValueError) as error:  # as results_for does

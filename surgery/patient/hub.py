@@ -1,0 +1,161 @@
+"""The Hub: downloads, its cache, and what goes wrong in words."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from surgery.errors import BadCheckpoint, SurgeryError, first_line
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
+
+# Other copies of the same weights, not worth the download when there are safetensors.
+_NOT_NEEDED = [
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.ckpt",
+    "*.h5",
+    "*.msgpack",
+    "*.onnx*",
+    "*.gguf",
+    "*.tflite",
+    "consolidated*",
+    "original/*",
+    "onnx/*",
+    "openvino/*",
+    "coreml/*",
+]
+
+_log = logging.getLogger(__name__)
+
+
+def download(name: str, revision: str | None, say: Callable[[str], None]) -> Path:
+    """The folder of a model's files in the Hub's cache, fetched unless they are there.
+
+    Args:
+        name: The model's id.
+        revision: A branch, tag or commit; None for the newest.
+        say: Told what is being fetched.
+
+    Raises:
+        BadCheckpoint: The Hub does not give them, and the cache does not hold them.
+    """
+    import huggingface_hub
+
+    with hub_errors(name, revision):
+        try:
+            info = huggingface_hub.HfApi().model_info(name, revision=revision)
+            files = [sibling.rfilename for sibling in info.siblings or []]
+            ignored = _NOT_NEEDED if any(f.endswith(".safetensors") for f in files) else []
+            say(f"Fetching {name} (commit {str(info.sha)[:12]}) from the Hub")
+            # By the name the user gave, so that the cache also knows it when offline.
+            folder = huggingface_hub.snapshot_download(
+                name, revision=revision, ignore_patterns=ignored
+            )
+        except Exception as error:
+            if not unreachable(error):
+                raise
+            _log.info("the Hub cannot be reached; looking for %s in its cache", name)
+            folder = huggingface_hub.snapshot_download(
+                name, revision=revision, local_files_only=True
+            )
+    return Path(folder)
+
+
+def cached(name: str, revision: str | None) -> Path | None:
+    """The cached snapshot of a Hub model; None unless all its weight files are there."""
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True)
+        )
+        open_checkpoint(folder, Origin("hub", name, name))
+    except (LocalEntryNotFoundError, BadCheckpoint):
+        return None
+    return folder
+
+
+@contextmanager
+def hub_errors(name: str, revision: str | None) -> Iterator[None]:
+    """What the Hub and its client raise, as one sentence each."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    wanted = f"{name}@{revision}" if revision else name
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except GatedRepoError as error:
+        raise BadCheckpoint(
+            f"{name} is gated: accept its terms on the Hub, log in with `hf auth login`, and try "
+            "again."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BadCheckpoint(f"{name} has no revision {revision!r} on the Hub.") from error
+    except RepositoryNotFoundError as error:
+        raise BadCheckpoint(
+            f"{name} is neither a local folder nor a model on the Hub that you can read; check the "
+            "name, and log in with `hf auth login` if it is private."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise BadCheckpoint(
+            f"{wanted} is not in the local cache and the Hub cannot be reached (offline?)."
+        ) from error
+    except Exception as error:  # whatever an answer of another shape, or a proxy, leads to
+        first = hub_words(error)
+        raise BadCheckpoint(f"Fetching {wanted} from the Hub failed: {first}") from error
+
+
+def hub_words(error: Exception) -> str:
+    """What the Hub's client raised, in a line that does not repeat the token."""
+    from huggingface_hub import get_token
+
+    token = get_token()
+    line = first_line(error)
+    return line.replace(token, "***") if token else line
+
+
+def unreachable(error: Exception) -> bool:
+    """Whether an exception says that no answer came from the Hub.
+
+    By name, because the HTTP library differs between releases of huggingface_hub.
+    """
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return bool(kinds & {"ConnectionError", "TransportError", "Timeout"})
+
+
+def check_downloads(checkpoint: Checkpoint, sha256: Mapping[str, str]) -> None:
+    """Refuse a file of the Hub's cache that is not what the Hub said it is.
+
+    The cache names a file after the digest that the Hub stated: sha256 for large files, git's sha1
+    for small ones.
+
+    Args:
+        checkpoint: What was read.
+        sha256: Of its files, by name, as they were read.
+
+    Raises:
+        BadCheckpoint: A file has another digest.
+    """
+    for name, digest in sha256.items():
+        blob = (checkpoint.folder / name).resolve()
+        if blob.parent.name != "blobs":
+            continue
+        if len(blob.name) == 40:
+            raw = blob.read_bytes()
+            digest = hashlib.sha1(b"blob %d\0" % len(raw) + raw).hexdigest()
+        if len(blob.name) in (40, 64) and blob.name != digest:
+            raise BadCheckpoint(
+                f"{name} was damaged on its way from the Hub or in the cache; delete {blob} and "
+                "run the conversion again."
+            )
