@@ -56,6 +56,7 @@ lint: $(VENV)/ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 benchmark: $(VENV)/ready
 	$(BIN)/python benchmarks/convert.py

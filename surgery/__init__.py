@@ -18,34 +18,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from surgery.errors import SurgeryError
     from surgery.files.checkpoint import Checkpoint, Origin
-    from surgery.folds.fold import Edit, SinkDirection, make_edits
+    from surgery.folds.edits import Edit, SinkDirection
+    from surgery.folds.registry import make_edits
+    from surgery.jobs.analyze import Analysis, analyze
+    from surgery.jobs.card import refresh_card
     from surgery.jobs.compare import Comparison, compare
-    from surgery.jobs.convert import Conversion, convert
+    from surgery.jobs.convert import convert
+    from surgery.jobs.push import push
+    from surgery.jobs.reproduce import reproduce
     from surgery.jobs.revert import revert
-    from surgery.jobs.sweep import Sweep, sweep
-    from surgery.jobs.verify import refresh_card, reproduce, verify
+    from surgery.jobs.sweep import sweep
+    from surgery.jobs.verify import verify
     from surgery.measure.quality import Quality
     from surgery.method.locate import Emergence
     from surgery.method.mask import Mask
     from surgery.models.anatomy import Anatomy
-    from surgery.models.masking import weight_mask, wemask
-    from surgery.models.reference import masked
-    from surgery.outputs.hub import push
+    from surgery.models.masking import masked, weight_mask, wemask
+    from surgery.outputs.checks import Verification
     from surgery.outputs.manifest import Manifest, read_manifest
+    from surgery.outputs.pipeline import Conversion
     from surgery.outputs.plan import Plan
-    from surgery.outputs.verification import Verification
-    from surgery.patient.analysis import Analysis, analyze
     from surgery.patient.source import resolve
     from surgery.reporter import Reporter
     from surgery.settings import Settings
+    from surgery.sweeping.result import Sweep
 
 _HOMES = {
-    "Analysis": "patient.analysis",
+    "Analysis": "jobs.analyze",
     "Anatomy": "models.anatomy",
     "Checkpoint": "files.checkpoint",
     "Comparison": "jobs.compare",
     "Conversion": "jobs.convert",
-    "Edit": "folds.fold",
+    "Edit": "folds.edits",
     "Emergence": "method.locate",
     "Manifest": "outputs.manifest",
     "Mask": "method.mask",
@@ -54,19 +58,19 @@ _HOMES = {
     "Quality": "measure.quality",
     "Reporter": "reporter",
     "Settings": "settings",
-    "SinkDirection": "folds.fold",
+    "SinkDirection": "folds.edits",
     "SurgeryError": "errors",
     "Sweep": "jobs.sweep",
-    "Verification": "outputs.verification",
-    "analyze": "patient.analysis",
+    "Verification": "outputs.checks",
+    "analyze": "jobs.analyze",
     "compare": "jobs.compare",
     "convert": "jobs.convert",
-    "make_edits": "folds.fold",
+    "make_edits": "folds.registry",
     "masked": "models.reference",
-    "push": "outputs.hub",
+    "push": "jobs.push",
     "read_manifest": "outputs.manifest",
-    "refresh_card": "jobs.verify",
-    "reproduce": "jobs.verify",
+    "refresh_card": "jobs.card",
+    "reproduce": "jobs.reproduce",
     "resolve": "patient.source",
     "revert": "jobs.revert",
     "sweep": "jobs.sweep",

@@ -1,74 +1,189 @@
-"""What a user asks of a conversion."""
+"""What a user asks of a conversion: the one source of the options' names, defaults and help."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from surgery.errors import BadSettings
-from surgery.method.mask import SCOPES, SELECTIONS, check_rate, check_strength
-from surgery.models.anatomy import FOLDS
+from surgery.folds.base import Fold
+from surgery.folds.registry import FOLDS, fold_named
+from surgery.method.mask import SCOPES, SELECTIONS, Selection
 from surgery.models.loading import DTYPES
+from surgery.patient.patient import Loading
+from surgery.patient.repository import repository_name
 
+# What `--as` may be: the kinds of output that are no question of MODEL or --output.
 FORMS = ("checkpoint", "adapter", "gguf-adapter")
+
+
+def option(default: Any, help: str, **facts: Any) -> Any:
+    """A field that is an option of the command line.
+
+    Args:
+        default: of the option, of the function and in the manifest.
+        help: one line for `--help`.
+        facts: `choices`: the values allowed; `metavar`; `name`: how the option is called where that
+            is not the field's name; `shown`: whether the help shows the default (True).
+    """
+    return field(default=default, metadata={"help": help, **facts})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments of a conversion; see `surgery convert --help` for their meaning."""
+    """The arguments of a conversion; every field but the first is an option of `convert`.
+
+    Attributes:
+        model: a folder, a Hub id (`name@revision`), a .gguf file or "demo".
+        rate: share of dimensions to mask, in (0, 1).
+        scope: "first" masks the first layer after the ME Layer, "all" every later one.
+        fold: how the mask is folded into weights.
+        select: how dimensions are chosen.
+        strength: γ; 1 masks, 0 changes nothing.
+        layer: the ME Layer, from 0, instead of searching for it.
+        layers: target layers, instead of those after an ME Layer.
+        revision: branch, tag or commit of a Hub model.
+        seed: of the random selection.
+        calibration: file of text in place of the bundled prompts.
+        calibration_tokens: tokens that calibration sees.
+        check: whether to trace, measure and compare logits.
+        check_tokens: tokens the quality gate measures on.
+        max_degradation: allowed rise of perplexity over base, as a share.
+        force: whether to write despite the quality gate.
+        device: of the analysis.
+        dtype: of the analysis.
+        trust_remote_code: whether the checkpoint's own Python code may run.
+        push_to_hub: repository to upload to afterwards.
+        undo_file: whether to keep what the edits overwrite beside the weights.
+        form: the kind of output.
+    """
 
     model: str
-    rate: float = 0.1
-    scope: str = "first"
-    fold: str = "norm"
-    select: str = "weight"
-    strength: float = 1.0
-    layer: int | None = None
-    layers: tuple[int, ...] | None = None
-    revision: str | None = None
-    seed: int = 0
-    calibration: str | None = None
-    calibration_tokens: int = 4096
-    check: bool = True
-    check_tokens: int = 4096
-    max_degradation: float = 0.1
-    force: bool = False
-    device: str | None = None
-    dtype: str = "float32"
-    trust_remote_code: bool = False
-    push_to_hub: str | None = None
-    undo_file: bool = False
-    form: str = "checkpoint"
+    rate: float = option(0.1, "Share of dimensions to mask.")
+    scope: str = option(
+        "first", "Mask the first layer after the ME Layer, or all after it.", choices=SCOPES
+    )
+    fold: str = option(
+        "norm",
+        "norm, qkv: every token. sink: the massive token alone (the paper's method).",
+        choices=tuple(FOLDS),
+    )
+    select: str = option(
+        "weight", "How dimensions are chosen; weight is the paper's.", choices=SELECTIONS
+    )
+    strength: float = option(1.0, "1 masks, 0 changes nothing.")
+    layer: int | None = option(None, "The ME Layer, instead of searching for it.", metavar="M")
+    layers: tuple[int, ...] | None = option(
+        None, "Target layers, such as 7 or 7,9-11.", metavar="LIST"
+    )
+    revision: str | None = option(None, "Branch, tag or commit of a Hub model.")
+    seed: int = option(0, "For --select random.")
+    calibration: str | None = option(
+        None, "Text or JSONL in place of the bundled prompts.", metavar="FILE"
+    )
+    calibration_tokens: int = option(4096, "Tokens that --fold sink and --select activation see.")
+    check: bool = option(True, "Skip trace, quality gate and logit comparison.", name="--no-check")
+    check_tokens: int = option(4096, "Tokens the gate measures on.")
+    max_degradation: float = option(0.1, "Allowed rise of perplexity over base, as a share.")
+    force: bool = option(False, "Write despite the quality gate; the card says so.")
+    device: str | None = option(None, "Of the analysis, such as cpu or cuda:0.  [default: best]")
+    dtype: str = option(
+        "float32", "Of the analysis; the written dtype is the source's.", choices=DTYPES
+    )
+    trust_remote_code: bool = option(False, "Run the checkpoint's own Python code. Read it first.")
+    push_to_hub: str | None = option(None, "Upload afterwards (private).", metavar="REPO")
+    undo_file: bool = option(
+        False, "Keep what qkv and sink overwrite, for `surgery revert` without the base."
+    )
+    form: str = option(
+        "checkpoint",
+        "With --fold sink: a PEFT or llama.cpp LoRA of rank 1 for the untouched base.",
+        choices=FORMS,
+        name="--as",
+    )
 
     def __post_init__(self) -> None:
         """Raise BadSettings for values that make no sense whatever the model is."""
-        for name, value, allowed in (
-            ("scope", self.scope, SCOPES),
-            ("fold", self.fold, FOLDS),
-            ("select", self.select, SELECTIONS),
-            ("dtype", self.dtype, DTYPES),
-        ):
-            if value not in allowed:
-                raise BadSettings(f"--{name} must be one of {', '.join(allowed)}; not {value!r}.")
-        if self.form not in FORMS:
-            raise BadSettings(f"--as must be one of {', '.join(FORMS)}; not {self.form!r}.")
-        if self.form != "checkpoint" and self.fold != "sink":
-            raise BadSettings(
-                f"--as {self.form} needs --fold sink: the other folds are no low-rank updates."
-            )
-        check_strength(self.strength)
-        check_rate(self.rate)
-        if self.seed < 0:
-            raise BadSettings("--seed must not be negative.")
+        for known in fields(self):
+            allowed, value = known.metadata.get("choices"), getattr(self, known.name)
+            if allowed is not None and value not in allowed:
+                name = known.metadata.get("name", f"--{known.name}")
+                raise BadSettings(f"{name} must be one of {', '.join(allowed)}; not {value!r}.")
+        self.selection  # noqa: B018  (which checks itself)
         if self.layer is not None and self.layers is not None:
             raise BadSettings("Give either --layer (the ME Layer) or --layers (targets), not both.")
         if self.check_tokens < 1 or self.calibration_tokens < 1:
             raise BadSettings("--check-tokens and --calibration-tokens must be at least 1.")
         if self.push_to_hub is not None:
-            from surgery.outputs.hub import repository_name
-
             repository_name(self.push_to_hub)
-        if not 0 <= self.max_degradation < float("inf"):
+        if not 0 <= self.max_degradation < math.inf:
             raise BadSettings(
                 "--max-degradation must be a finite number and not negative; to write a checkpoint "
                 "however bad it is, give --force."
             )
+
+    @classmethod
+    def gathered(cls, values: Mapping[str, Any]) -> Settings:
+        """The settings among the local variables of a function that spells them out."""
+        return cls(
+            **{known.name: values[known.name] for known in fields(cls) if known.name in values}
+        )
+
+    @property
+    def fold_used(self) -> Fold:
+        """The fold of that name."""
+        return fold_named(self.fold)
+
+    @property
+    def loading(self) -> Loading:
+        """How the model is opened."""
+        return Loading(
+            self.revision,
+            self.device,
+            self.dtype,
+            self.trust_remote_code,
+            self.calibration,
+            self.calibration_tokens,
+        )
+
+    @property
+    def selection(self) -> Selection:
+        """How dimensions are chosen."""
+        return Selection(self.rate, self.select, self.strength, self.seed)
+
+    @property
+    def targets_given(self) -> bool:
+        """Whether nothing is left to locate."""
+        return self.layer is not None or self.layers is not None
+
+    @property
+    def needs_no_weights(self) -> bool:
+        """Whether the headers and the gains tell all that these settings ask for."""
+        return (
+            self.targets_given
+            and not self.check
+            and not self.fold_used.linear
+            and self.select == "weight"
+        )
+
+    def recorded(self) -> dict[str, Any]:
+        """As the manifest keeps them: a device of this machine says nothing elsewhere."""
+        kept = asdict(self)
+        kept["layers"] = list(self.layers) if self.layers is not None else None
+        kept.pop("device")
+        return kept
+
+    def check_layers(self, depth: int) -> None:
+        """Raise BadSettings for layers that a model of this depth does not have."""
+        if self.layer is not None and not 0 <= self.layer < depth - 1:
+            raise BadSettings(
+                f"--layer {self.layer} is not a layer with one after it: the model has layers 0 to "
+                f"{depth - 1}."
+            )
+        for layer in self.layers or ():
+            if not 0 <= layer < depth:
+                raise BadSettings(f"--layers names {layer}; the model has layers 0 to {depth - 1}.")
+        if self.layers is not None and not self.layers:
+            raise BadSettings("--layers names no layer.")

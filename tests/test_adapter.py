@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 import surgery
 from surgery.errors import BadSettings, Unsupported
 from surgery.files.gguf_file import read_gguf, values_of
-from surgery.outputs.adapter import CONFIG, WEIGHTS, regroup
+from surgery.outputs.adapter import CONFIG, WEIGHTS
+from surgery.outputs.gguf_updates import regroup
 
 peft = pytest.importorskip("peft")
 Tiny = Callable[..., Path]

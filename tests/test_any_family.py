@@ -24,7 +24,7 @@ import surgery
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files.checkpoint import Checkpoint
 from surgery.folds.calibrate import sink_directions
-from surgery.folds.fold import make_edits
+from surgery.folds.registry import make_edits
 from surgery.method.locate import agree
 from surgery.method.mask import Mask, attention_targets, largest
 from surgery.models import families, stream
@@ -32,12 +32,12 @@ from surgery.models.anatomy import Anatomy, effective_gain
 from surgery.models.families import MULTIMODAL, family_of
 from surgery.models.loading import load_model, load_tokenizer
 from surgery.models.observe import layer_norms, pad, sink_magnitudes
-from surgery.models.reference import masked
+from surgery.models.masking import masked
 from surgery.outputs.plan import make_plan
-from surgery.outputs.verification import verify_edits, verify_structure, verify_untouched
+from surgery.outputs.checks import verify_edits, verify_structure, verify_untouched
 from surgery.outputs.write import copy_plan
 from surgery.patient import texts
-from surgery.patient.analysis import examine
+from surgery.patient.patient import examine
 
 MASKED = HIDDEN // 4
 SUPPORTED = [name for name, case in CASES.items() if case.folds]
@@ -134,7 +134,8 @@ def test_supported(name: str, tmp_path: Path) -> None:
     norms = layer_norms(model, anatomy, prompts)
     expected = case.layer if case.lasts else None
     assert agree(norms).layer == expected
-    assert stream.stream_emergence(checkpoint, anatomy, prompts).emergence.layer == expected
+    streamed = stream.LayerStream(checkpoint, anatomy).locate(prompts)
+    assert streamed.emergence.layer == expected
 
     # Zeroing folds in every later layer: to the bit what the hook does, and nothing else changed.
     windows = texts.windows(tokenizer, texts.bundled("heldout"), 40, 120)

@@ -28,7 +28,7 @@ from surgery.files.generated import CARD, FIGURE, MANIFEST
 from surgery.jobs import verify as review
 from surgery.outputs.card import card_metadata, command_line, front_matter, render_card
 from surgery.outputs.manifest import Manifest, clean_numbers, read_manifest, write_manifest
-from surgery.training.recipe import Treatment
+from surgery.outputs.treatment import Treatment
 
 Tiny = Callable[..., Path]
 Run = Callable[..., Any]
@@ -98,7 +98,7 @@ def test_what_it_says(converted: Callable[..., Path], tiny: Tiny) -> None:
     assert list(manifest.dimensions) == [4]
     assert len(manifest.dimensions[4]) == 6
     assert [record.tensor for record in manifest.edits] == ["model.layers.4.input_layernorm.weight"]
-    assert manifest.settings["rate"] == 0.1
+    assert manifest.settings.rate == 0.1
     assert "device" not in manifest.settings  # of no use elsewhere
     assert manifest.quality is not None
     assert [row["name"] for row in manifest.quality["variants"]] == ["base", "reference", "folded"]
@@ -334,10 +334,9 @@ def test_any_damage(
         return
     # What was read can be used, whether or not it is true.
     render_card(manifest, {}, figure=True)
-    command_line(manifest.settings)
+    command_line(manifest.settings.recorded())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(review, "examine", lambda *_args, **_options: None)  # what takes time
-        patch.setattr(review, "behaviour", lambda *_args: [])
+        patch.setattr("surgery.outputs.folder.behaviour", lambda *_args: [])  # what takes time
         try:
             review.verify(target, base=str(tiny()))
         except SurgeryError:
@@ -490,8 +489,8 @@ def test_the_cards_code_loads_the_model(tiny: Tiny, tmp_path: Path) -> None:
     del older["auto_class"]
     (out / MANIFEST).write_text(json.dumps(older))
     assert "AutoModelForCausalLM" in render_card(read_manifest(out), {}, figure=False)
-    adapter = replace(read_manifest(tmp_path / "Qwen2VLForConditionalGeneration"))
-    adapter.settings["form"] = "adapter"
+    plain = read_manifest(tmp_path / "Qwen2VLForConditionalGeneration")
+    adapter = replace(plain, settings=replace(plain.settings, form="adapter"))
     assert "base = AutoModelForImageTextToText." in render_card(adapter, {}, figure=False)
 
 

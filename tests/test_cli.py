@@ -589,7 +589,7 @@ def test_interrupted(tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.M
     def interrupt(*_args: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("surgery.jobs.convert.copy_plan", interrupt)
+    monkeypatch.setattr("surgery.outputs.folder.copy_plan", interrupt)
     words = ("convert", tiny(), "--layer", 3, "--no-check", "-o", tmp_path / "out", "--quiet")
     outcome = run(*words)
     assert outcome.code == 130

@@ -17,13 +17,13 @@ from shared import THREADS
 
 import surgery
 from surgery.folds import calibrate, editing
-from surgery.folds.fold import make_edits
+from surgery.folds.registry import make_edits
 from surgery.measure import quality
 from surgery.method.mask import Mask, largest, mask_size, target_layers
 from surgery.models import reference
 from surgery.models.anatomy import describe, effective_gain
 from surgery.models.observe import sink_magnitudes
-from surgery.patient.subject import Subject
+from surgery.patient.patient import Patient
 from surgery.settings import Settings
 
 pytestmark = pytest.mark.skipif(

@@ -14,18 +14,20 @@ from tiny_models import FAMILIES
 import surgery
 from surgery.errors import Unsupported
 from surgery.files.checkpoint import Checkpoint
-from surgery.folds.calibrate import Leak, sink_directions
+from surgery.folds.base import Leak
+from surgery.folds.calibrate import sink_directions
 from surgery.folds.editing import edited
-from surgery.folds.fold import SinkDirection, make_edits
+from surgery.folds.edits import SinkDirection
+from surgery.folds.registry import make_edits
 from surgery.method.mask import Mask, largest
 from surgery.models import families
 from surgery.models.anatomy import Anatomy, describe, effective_gain
 from surgery.models.loading import load_model, load_tokenizer
 from surgery.models.observe import pad
-from surgery.models.reference import masked
+from surgery.models.masking import masked
 from surgery.models.trace import confirm, trace
 from surgery.patient import texts
-from surgery.patient.analysis import examine
+from surgery.patient.patient import examine
 
 Tiny = Callable[..., Path]
 

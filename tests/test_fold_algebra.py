@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from surgery.errors import Unsupported
 from surgery.files import dtypes
-from surgery.folds import fold
-from surgery.folds.fold import Edit, SinkDirection, detector, make_edits, pack, unpack
+from surgery.folds import edits as fold
+from surgery.folds.edits import Bias, Columns, Edit, Gain, RankOne, SinkDirection, pack, unpack
+from surgery.folds.registry import make_edits
+from surgery.method.algebra import detector
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy, AttentionInput
 
@@ -121,8 +123,8 @@ def test_only_the_mask_set_changes(
     generator, width, chosen, strength = case
     others = [d for d in range(width) if d not in chosen]
     weight, gain = generator.normal(size=(6, width)), generator.normal(size=width)
-    columns = Edit("q", 0, "columns", chosen, strength).apply(weight, "F64")
-    entries = Edit("g", 0, "gain", chosen, strength).apply(gain, "F64")
+    columns = Columns("q", 0, chosen, strength).apply(weight, "F64")
+    entries = Gain("g", 0, chosen, strength).apply(gain, "F64")
     assert (columns[:, others] == weight[:, others]).all()
     assert (entries[others] == gain[others]).all()
     assert (columns[:, list(chosen)] != weight[:, list(chosen)]).all()
@@ -137,10 +139,10 @@ def test_zeroing_is_idempotent(
     generator, width, chosen, _ = case
     weight = dtypes.round_once(generator.normal(size=(6, width)), dtype)
     for edit, stored in (
-        (Edit("q", 0, "columns", chosen, 1.0), weight),
-        (Edit("q", 0, "columns", chosen, 1.0, axis=0), np.ascontiguousarray(weight.T)),
-        (Edit("g", 0, "gain", chosen, 1.0), weight[0]),
-        (Edit("g", 0, "gain", chosen, 1.0, null=-1.0), weight[0]),
+        (Columns("q", 0, chosen, 1.0), weight),
+        (Columns("q", 0, chosen, 1.0, axis=0), np.ascontiguousarray(weight.T)),
+        (Gain("g", 0, chosen, 1.0), weight[0]),
+        (Gain("g", 0, chosen, 1.0, null=-1.0), weight[0]),
     ):
         once = edit.apply(stored, dtype)
         assert once.tobytes() != stored.tobytes()
@@ -153,10 +155,10 @@ def test_no_negative_zero(dtype: str) -> None:
     stored = dtypes.round_once(-np.abs(np.linspace(-3, 3, 24)).reshape(4, 6) - 0.5, dtype)
     stored[0, 0] = -0.0
     chosen = (0, 2, 5)
-    columns = Edit("q", 0, "columns", chosen, 1.0).apply(stored, dtype)
-    rows = Edit("q", 0, "columns", (0, 3), 1.0, axis=0).apply(stored, dtype)
-    gain = Edit("g", 0, "gain", chosen, 1.0).apply(stored[0], dtype)
-    bias = Edit("b", 0, "bias", chosen, 1.0).apply(stored[0], dtype)
+    columns = Columns("q", 0, chosen, 1.0).apply(stored, dtype)
+    rows = Columns("q", 0, (0, 3), 1.0, axis=0).apply(stored, dtype)
+    gain = Gain("g", 0, chosen, 1.0).apply(stored[0], dtype)
+    bias = Bias("b", 0, chosen, 1.0).apply(stored[0], dtype)
     for zeroed in (columns[:, chosen], rows[[0, 3]], gain[list(chosen)], bias[list(chosen)]):
         assert set(np.ascontiguousarray(zeroed).tobytes()) == {0}
 
@@ -165,14 +167,14 @@ def test_no_negative_zero(dtype: str) -> None:
 @given(values=st.lists(st.floats(-400, 400, width=16), min_size=3, max_size=12))
 def test_unit_offset_null_is_exactly_minus_one(dtype: str, values: list[float]) -> None:
     stored = dtypes.round_once(np.array(values), dtype)
-    edited = Edit("g", 0, "gain", (0, 2), 1.0, null=-1.0).apply(stored, dtype).astype(np.float64)
+    edited = Gain("g", 0, (0, 2), 1.0, null=-1.0).apply(stored, dtype).astype(np.float64)
     assert edited[0] == edited[2] == -1.0
     assert edited[1] == float(stored[1])
 
 
 def test_unit_offset_scales_the_effective_gain() -> None:
     stored = np.array([0.0, 1.0, -0.5, 7.0])
-    edited = Edit("g", 0, "gain", (0, 1, 2), 0.25, null=-1.0).apply(stored, "F64")
+    edited = Gain("g", 0, (0, 1, 2), 0.25, null=-1.0).apply(stored, "F64")
     np.testing.assert_array_equal(1 + edited, [0.75, 1.5, 0.375, 8.0])
 
 
@@ -183,9 +185,9 @@ def test_strength_zero_changes_no_byte(dtype: str) -> None:
     stored[0, 1] = -0.0
     sink = SinkDirection(np.ones(2, np.float32), np.ones(width, np.float32))
     for edit in (
-        Edit("q", 0, "columns", chosen, 0.0),
-        Edit("g", 0, "gain", chosen, 0.0, null=-1.0),
-        Edit("q", 0, "rank_one", chosen, 0.0, sink=sink),
+        Columns("q", 0, chosen, 0.0),
+        Gain("g", 0, chosen, 0.0, null=-1.0),
+        RankOne("q", 0, chosen, 0.0, sink=sink),
     ):
         assert edit.apply(stored, dtype).tobytes() == stored.tobytes()
     mask = Mask(width, "weight", 0.0, {0: chosen})
@@ -197,7 +199,7 @@ def test_strength_zero_changes_no_byte(dtype: str) -> None:
 def test_the_stored_array_is_not_touched(dtype: str) -> None:
     stored = dtypes.round_once(np.linspace(-2, 2, 24).reshape(4, 6), dtype)
     before = stored.tobytes()
-    edited = Edit("q", 0, "columns", (0, 1), 1.0).apply(stored, dtype)
+    edited = Columns("q", 0, (0, 1), 1.0).apply(stored, dtype)
     assert stored.tobytes() == before
     assert edited.dtype == stored.dtype
 
@@ -211,8 +213,8 @@ def test_conv1d_is_the_transposed_linear(
     generator, width, chosen, _ = case
     linear = dtypes.round_once(generator.normal(size=(9, width)), dtype)
     conv = np.ascontiguousarray(linear.T)
-    by_linear = Edit("q", 0, "columns", chosen, strength).apply(linear, dtype)
-    by_conv = Edit("q", 0, "columns", chosen, strength, axis=0).apply(conv, dtype)
+    by_linear = Columns("q", 0, chosen, strength).apply(linear, dtype)
+    by_conv = Columns("q", 0, chosen, strength, axis=0).apply(conv, dtype)
     assert np.ascontiguousarray(by_conv.T).tobytes() == by_linear.tobytes()
 
 
@@ -234,7 +236,7 @@ def test_sink_edit(
 ) -> None:
     """W'c = W(c − γ m⊙c) on the sink token, W'x = W x where v·x = 0."""
     weight, center, direction, chosen, strength = case
-    edited = Edit("q", 0, "rank_one", chosen, strength, sink=direction).apply(weight, "F64")
+    edited = RankOne("q", 0, chosen, strength, sink=direction).apply(weight, "F64")
     masked = center.copy()
     masked[list(chosen)] *= 1.0 - strength
     scale = np.abs(weight).max() * np.abs(center).max() * len(center)
@@ -257,9 +259,9 @@ def test_sink_edit_of_conv1d(
     case: tuple[np.ndarray, np.ndarray, SinkDirection, tuple[int, ...], float],
 ) -> None:
     weight, _, direction, chosen, strength = case
-    by_linear = Edit("q", 0, "rank_one", chosen, strength, sink=direction).apply(weight, "F64")
+    by_linear = RankOne("q", 0, chosen, strength, sink=direction).apply(weight, "F64")
     conv = np.ascontiguousarray(weight.T)
-    by_conv = Edit("q", 0, "rank_one", chosen, strength, axis=0, sink=direction).apply(conv, "F64")
+    by_conv = RankOne("q", 0, chosen, strength, axis=0, sink=direction).apply(conv, "F64")
     np.testing.assert_allclose(by_conv.T, by_linear, rtol=1e-11, atol=1e-11)
 
 
@@ -270,12 +272,12 @@ def test_blocks_give_the_whole(
     weight, _, direction, chosen, strength = case
     conv, gain = np.ascontiguousarray(weight.T), weight[0].copy()
     edits = [
-        (Edit("q", 0, "columns", chosen, strength), weight),
-        (Edit("q", 0, "columns", chosen, strength, axis=0), conv),
-        (Edit("g", 0, "gain", chosen, strength, null=-1.0), gain),
-        (Edit("b", 0, "bias", chosen, strength), gain),
-        (Edit("q", 0, "rank_one", chosen, strength, sink=direction), weight),
-        (Edit("q", 0, "rank_one", chosen, strength, axis=0, sink=direction), conv),
+        (Columns("q", 0, chosen, strength), weight),
+        (Columns("q", 0, chosen, strength, axis=0), conv),
+        (Gain("g", 0, chosen, strength, null=-1.0), gain),
+        (Bias("b", 0, chosen, strength), gain),
+        (RankOne("q", 0, chosen, strength, sink=direction), weight),
+        (RankOne("q", 0, chosen, strength, axis=0, sink=direction), conv),
     ]
     whole = [edit.apply(stored, "F64") for edit, stored in edits]
     with pytest.MonkeyPatch.context() as patch:
@@ -362,11 +364,11 @@ def test_what_each_fold_edits(name: str, bias: bool, expected: list[tuple[str, s
     )
     assert [(edit.tensor, edit.kind) for edit in edits] == expected
     for edit in edits:
-        assert edit.null == (-1.0 if edit.kind == "gain" else 0.0)
+        assert edit.facts["null"] == (-1.0 if edit.kind == "gain" else 0.0)
         assert edit.dimensions == (2,)
         if edit.kind in ("columns", "rank_one"):
-            assert edit.axis == 0
-        assert (edit.sink is sink) == (name == "sink")
+            assert edit.facts["axis"] == 0
+        assert (getattr(edit, "sink", None) is sink) == (name == "sink")
 
 
 def test_norm_that_feeds_others_is_refused() -> None:

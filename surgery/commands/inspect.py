@@ -21,7 +21,7 @@ def command(folder: Path, as_json: bool, quiet: bool) -> None:
     from surgery.files.generated import MANIFEST
     from surgery.files.text import read_json
     from surgery.outputs.card import command_line
-    from surgery.outputs.gguf_conversion import read_embedded
+    from surgery.outputs.gguf_container import read_embedded
     from surgery.outputs.manifest import read_manifest
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
@@ -32,7 +32,7 @@ def command(folder: Path, as_json: bool, quiet: bool) -> None:
     table = Table(title=safe(folder), title_justify="left", show_header=False)
     base = manifest.base
     table.add_row("base", safe(f"{base.name}{'@' + base.commit if base.commit else ''}"))
-    trained, made = manifest.training, command_line(manifest.settings)
+    trained, made = manifest.training, command_line(manifest.settings.recorded())
     if trained is not None:
         made = f"surgery finetune {trained['recipe']['name']}"
     table.add_row("made by", safe(f"{manifest.tool}: {made}"))

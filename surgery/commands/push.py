@@ -32,7 +32,7 @@ def command(
     The token is read from HF_TOKEN or the cached login (`hf auth login`).
     """
     from surgery.commands.terminal import Terminal, print_json, safe
-    from surgery.outputs.hub import push
+    from surgery.jobs.push import push
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
     pushed = push(

@@ -23,7 +23,7 @@ def command(
 
     from surgery.commands.terminal import Terminal, print_json, safe
     from surgery.errors import VerificationFailed
-    from surgery.jobs.verify import reproduce
+    from surgery.jobs.reproduce import reproduce
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
     result = reproduce(folder, base=base, trust_remote_code=trust_remote_code, reporter=terminal)

@@ -13,14 +13,14 @@ from rich.text import Text
 from surgery.commands.terminal import printable, safe
 from surgery.files.generated import UNDO
 from surgery.method.locate import Emergence
+from surgery.outputs.checks import Verification
 from surgery.outputs.plan import Plan, RemotePlan
-from surgery.outputs.verification import Verification
 
 if TYPE_CHECKING:
     from surgery.files.checkpoint import Checkpoint
-    from surgery.folds.fold import Edit
-    from surgery.jobs.sweep import Sweep
-    from surgery.measure.probe import Evidence
+    from surgery.folds.edits import Edit
+    from surgery.measure.evidence import Evidence
+    from surgery.sweeping.result import Sweep
 
 
 def tables(result: Any) -> Iterator[RenderableType]:
@@ -131,7 +131,7 @@ def _plan(plan: Plan) -> RenderableType:
     patched = [file.name for file in plan.files if file.edits]
     table.add_row("output", safe(plan.product))
     table.add_row("edits", _edits(plan.edits))
-    if plan.form.endswith("adapter"):
+    if plan.beside:
         table.add_row("base", "untouched: the edits become rank-one updates beside it")
         size = f"{plan.bytes_written / 1e3:.3g} kB"
         table.add_row("files", safe(", ".join(file.name for file in plan.files)) + f" ({size})")

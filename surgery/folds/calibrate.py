@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,29 +18,34 @@ from numpy.typing import NDArray
 
 from surgery.errors import NoEmergence
 from surgery.files.checkpoint import Checkpoint
-from surgery.folds.editing import parameter_of, set_parameter
-from surgery.folds.fold import SinkDirection, detector, layer_edits
+from surgery.folds.base import Calibration, Leak
+from surgery.folds.editing import set_parameter
+from surgery.folds.edits import SinkDirection
+from surgery.folds.rank_one import rank_one_edits
+from surgery.method.algebra import detector
 from surgery.method.locate import STANDS_OUT
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy
-from surgery.models.observe import attention_input, backbone, decoder_layers, hooked, pad, residual
+from surgery.models.discovery import backbone, decoder_layers
+from surgery.models.observe import attention_input, hooked, pad, residual
+
+if TYPE_CHECKING:
+    from surgery.patient.patient import Patient
 
 # Share of Σ's mean eigenvalue added to its diagonal: enough to keep the solution stable when
 # there are fewer calibration tokens than dimensions, too little to blur the detector.
 RIDGE = 1e-3
 
 
-@dataclass(frozen=True)
-class Leak:
-    """How a detector answers: v·x, which should be 1 on the sink token and 0 elsewhere.
-
-    ordinary_rms, ordinary_largest: over ordinary tokens. sink_smallest: over first tokens.
-    """
-
-    ordinary_rms: float
-    ordinary_largest: float
-    sink_smallest: float
-    tokens: int
+def calibrate(patient: Patient, mask: Mask) -> Calibration:
+    """The sink direction of every target layer, in order, on the patient's calibration text."""
+    sequences = patient.calibration()
+    with patient.reporter.bar("Calibrating the sink direction", len(mask.layers)) as advance:
+        return Calibration(
+            *sink_directions(
+                patient.model, patient.anatomy, patient.plain, mask, sequences, progress=advance
+            )
+        )
 
 
 class _Done(Exception):
@@ -86,9 +91,8 @@ def sink_directions(
     def at_layer(layer: int) -> Callable[[Any, tuple, dict], None]:
         def hook(_module: Any, args: tuple, kwargs: dict) -> None:
             _calibrate(state, mask, layer, attention_input(args, kwargs), ridge)
-            found = anatomy.at(layer)
-            for edit in layer_edits(anatomy, found, mask, "sink", state.directions[layer]):
-                parameter = parameter_of(model, anatomy, edit)
+            for edit in rank_one_edits(anatomy, mask, layer, state.directions[layer]):
+                parameter = model.get_parameter(edit.parameter)
                 saved.append((parameter, parameter.detach().clone()))
                 stored = checkpoint.read(edit.tensor)
                 dtype = checkpoint.tensors[edit.tensor].dtype

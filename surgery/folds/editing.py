@@ -11,19 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from surgery.files.checkpoint import Checkpoint
-from surgery.folds.fold import Edit
-from surgery.models.anatomy import Anatomy
-
-
-def parameter_of(model: Any, anatomy: Anatomy, edit: Edit) -> torch.Tensor:
-    """The loaded parameter that holds an edit's tensor."""
-    found = anatomy.at(edit.layer)
-    if edit.tensor == found.gain:
-        return model.get_parameter(f"{found.norm}.weight")
-    if edit.tensor == found.bias:
-        return model.get_parameter(f"{found.norm}.bias")
-    reader = found.readers[found.weights.index(edit.tensor)]
-    return model.get_parameter(f"{reader}.weight")
+from surgery.folds.edits import Edit
 
 
 def set_parameter(parameter: torch.Tensor, values: NDArray) -> None:
@@ -36,12 +24,10 @@ def set_parameter(parameter: torch.Tensor, values: NDArray) -> None:
 class EditedWeights:
     """Edited, rounded weights beside a loaded model, exchanged with its own by reference."""
 
-    def __init__(
-        self, model: Any, anatomy: Anatomy, checkpoint: Checkpoint, edits: Sequence[Edit]
-    ) -> None:
+    def __init__(self, model: Any, checkpoint: Checkpoint, edits: Sequence[Edit]) -> None:
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for edit in edits:
-            parameter = parameter_of(model, anatomy, edit)
+            parameter = model.get_parameter(edit.parameter)
             values = torch.empty_like(parameter)
             dtype = checkpoint.tensors[edit.tensor].dtype
             set_parameter(values, edit.apply(checkpoint.read(edit.tensor), dtype))
@@ -61,7 +47,7 @@ class EditedWeights:
 
 
 def edited(
-    model: Any, anatomy: Anatomy, checkpoint: Checkpoint, edits: Sequence[Edit]
+    model: Any, checkpoint: Checkpoint, edits: Sequence[Edit]
 ) -> AbstractContextManager[None]:
     """The model with the edits' rounded weights for the time of the block; exact afterwards."""
-    return EditedWeights(model, anatomy, checkpoint, edits).active()
+    return EditedWeights(model, checkpoint, edits).active()

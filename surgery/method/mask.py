@@ -13,6 +13,36 @@ from surgery.errors import BadSettings
 
 SELECTIONS = ("weight", "activation", "random")
 SCOPES = ("first", "all")
+TOKENS = ("first", "every")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How S is chosen in each target layer.
+
+    Attributes:
+        rate: share of the hidden size that is masked, in (0, 1).
+        select: "weight" (the largest norm gains, the paper's), "activation" (the sink token's
+            largest inputs) or "random".
+        strength: γ in x[S] *= 1 - γ.
+        seed: of the random choice.
+    """
+
+    rate: float = 0.1
+    select: str = "weight"
+    strength: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise BadSettings for values that make no sense whatever the model is."""
+        if self.select not in SELECTIONS:
+            raise BadSettings(
+                f"--select must be one of {', '.join(SELECTIONS)}; not {self.select!r}."
+            )
+        check_strength(self.strength)
+        check_rate(self.rate)
+        if self.seed < 0:
+            raise BadSettings("--seed must not be negative.")
 
 
 @dataclass(frozen=True)

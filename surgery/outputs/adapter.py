@@ -1,88 +1,134 @@
-"""The sink fold as an adapter: exactly a LoRA of rank 1, for a base that stays untouched.
-
-W ← W − γ (W (m ⊙ c)) vᵀ is the low-rank update W + (α / r) B A with r = 1, A = vᵀ,
-B = −W (m ⊙ c) and α = γ, so `lora_alpha` is the strength.
-"""
+"""A PEFT adapter: the sink fold beside an untouched, also a quantised base."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.errors import BadCheckpoint, Unsupported
-from surgery.files.checkpoint import Checkpoint, Origin
-from surgery.files.safetensors_file import write_safetensors
-from surgery.folds.fold import Edit
-from surgery.models.anatomy import Anatomy, is_multimodal, text_config
-from surgery.outputs.verification import Check, checked
-
-if TYPE_CHECKING:
-    from surgery.files.gguf_file import GgufFile
+from surgery.errors import BadCheckpoint, BadSettings, first_line
+from surgery.files.checkpoint import Origin
+from surgery.files.generated import CARD, MANIFEST
+from surgery.files.ranges import LocalFiles
+from surgery.files.safetensors_file import parse_header, write_safetensors
+from surgery.files.text import read_json, write_text
+from surgery.folds.edits import Edit
+from surgery.method.mask import Mask
+from surgery.outputs.base import (
+    Output,
+    Request,
+    Restored,
+    no_undo_of_adapter,
+    refuse_undo_file,
+    require_low_rank,
+)
+from surgery.outputs.behaviour import Batch, masked_logits, near_reference
+from surgery.outputs.checks import Check, Verification, checked, verify_files
+from surgery.outputs.describe import FileComparison, compare_files, describe, hashed
+from surgery.outputs.low_rank import Term, base_name, size_of, terms_of
+from surgery.outputs.manifest import Manifest
+from surgery.outputs.operation import Operation
+from surgery.outputs.plan import FilePlan, Plan, check_output, check_space
+from surgery.outputs.review import Review
+from surgery.outputs.write import staging
+from surgery.patient.patient import Patient
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-@dataclass(frozen=True)
-class RankOne:
-    """The update of one linear: W + α b aᵀ.
+class Adapter(Output):
+    """adapter_config.json and adapter_model.safetensors, with card and manifest."""
 
-    module: its path in the loaded model. a: what it answers to, v, [D]; b: what it then adds,
-    −W (m ⊙ c), [out]; both float32.
-    """
+    name = "adapter"
 
-    module: str
-    tensor: str
-    layer: int
-    a: NDArray[np.float32]
-    b: NDArray[np.float32]
+    def default_path(self, stem: str, words: Sequence[str]) -> Path:
+        return Path(f"{stem}-wemask-{'-'.join((*words, 'adapter'))}")
 
-
-def rank_one_terms(
-    checkpoint: Checkpoint, anatomy: Anatomy, edits: Sequence[Edit]
-) -> list[RankOne]:
-    """The updates behind the edits of a sink fold, from the base's own weights."""
-    terms = []
-    for edit in edits:
-        if edit.sink is None:
-            raise Unsupported("Only --fold sink is a low-rank update; an adapter needs it.")
-        found = anatomy.at(edit.layer)
-        if edit.tensor not in found.weights:
-            raise BadCheckpoint(f"{edit.tensor} does not read the attention input of its layer.")
-        weight = checkpoint.read(edit.tensor)
-        terms.append(
-            RankOne(
-                module=found.readers[found.weights.index(edit.tensor)],
-                tensor=edit.tensor,
-                layer=edit.layer,
-                a=edit.sink.detector,
-                b=response(weight if edit.axis == 1 else weight.T, edit),
+    def accept(self, request: Request) -> None:
+        if request.target.suffix == ".gguf":
+            raise BadSettings(
+                "--as adapter writes a folder for PEFT; give another --output, or --as "
+                "gguf-adapter for llama.cpp."
             )
+        refuse_undo_file(request)
+        require_low_rank(request)
+        sources = request.checkpoint.sources
+        check_output(sources, request.target, overwrite=request.overwrite)
+
+    def plan(self, operation: Operation, target: Path, *, overwrite: bool) -> Plan:
+        base, edits = operation.patient.plain, operation.edits
+        check_output(base.sources, target, overwrite=overwrite)
+        size = size_of(base, operation.patient.anatomy, edits)
+        files = (FilePlan(CONFIG, 2048), FilePlan(WEIGHTS, size))
+        plan = Plan(
+            base,
+            Path(target).absolute(),
+            files,
+            edits,
+            overwrite,
+            generated=(CARD, MANIFEST),
+            beside=True,
         )
-    return terms
+        check_space(plan)
+        return plan
 
+    def write(
+        self, plan: Plan, manifest: Manifest, operation: Operation
+    ) -> tuple[Verification, Manifest]:
+        patient, base = operation.patient, plan.checkpoint
+        transposed, strength = patient.anatomy.input_axis == 0, operation.mask.strength
+        terms = terms_of(base, patient.anatomy, plan.edits)
+        with staging(plan.output, *base.sources, overwrite=plan.overwrite) as folder:
+            patient.reporter.say(f"Writing {plan.output.name}")
+            names = write_peft(folder, base.origin, terms, strength, transposed=transposed)
+            checks = [verify_peft(folder, terms, strength, transposed=transposed)]
+            if operation.settings.check:
+                checks += _behaviour(patient, operation.mask, plan.edits, folder)
+            verification = Verification(tuple(checks))
+            verification.require()
+            manifest = replace(
+                manifest,
+                verification=verification.as_dict(),
+                files=[hashed(folder, name) for name in names],
+            )
+            manifest = describe(manifest, folder, base, plan.generated)
+            patient.reporter.show(verification)
+        return verification, manifest
 
-def response(weight: NDArray, edit: Edit) -> NDArray[np.float32]:
-    """−W (m ⊙ c) of a weight [out, D], in float64, rounded once."""
-    assert edit.sink is not None
-    columns = weight[:, list(edit.dimensions)].astype(np.float64)
-    return (-(columns @ edit.sink.center.astype(np.float64))).astype(np.float32)
+    def wrote(self, manifest: Manifest, path: Path) -> bool:
+        return manifest.settings.form == self.name
 
+    def checks(self, review: Review) -> list[Check]:
+        patient, manifest = review.patient(), review.manifest
+        anatomy = patient.anatomy
+        files = verify_files(review.path, manifest.files)
+        if not files.passed:
+            return [files]
+        edits = manifest.settings.fold_used.edits(anatomy, manifest.mask(), manifest.calibration())
+        terms = terms_of(patient.plain, anatomy, manifest.rebuilt_edits())
+        transposed = anatomy.input_axis == 0
+        checks = [verify_peft(review.path, terms, manifest.strength, transposed=transposed)]
+        if checks[0].passed:
+            checks += _behaviour(patient, manifest.mask(), edits, review.path)
+        return [files, *checks]
 
-def base_name(origin: Origin) -> str:
-    """What `from_pretrained` finds a base by: a Hub id where there is one, else its path."""
-    if origin.note:  # the demo: where its weights come from
-        return origin.note.split(" ", 1)[0]
-    return origin.name if origin.kind == "hub" else origin.typed
+    def restore(self, review: Review, target: Path) -> Restored:
+        raise no_undo_of_adapter(review.path)
+
+    def compare(
+        self, review: Review, again: Path, repeated: Manifest
+    ) -> tuple[FileComparison, ...]:
+        return compare_files(review.manifest, again, repeated)
 
 
 def peft_config(
-    origin: Origin, terms: Sequence[RankOne], strength: float, *, transposed: bool
+    origin: Origin, terms: Sequence[Term], strength: float, *, transposed: bool
 ) -> dict[str, Any]:
     """adapter_config.json. Modules are named in full, so that no other module answers to a name."""
     return {
@@ -104,11 +150,11 @@ def peft_config(
 
 
 def write_peft(
-    folder: Path, origin: Origin, terms: Sequence[RankOne], strength: float, *, transposed: bool
+    folder: Path, origin: Origin, terms: Sequence[Term], strength: float, *, transposed: bool
 ) -> tuple[str, ...]:
     """Write a PEFT adapter into a folder; returns the names of its files."""
     config = peft_config(origin, terms, strength, transposed=transposed)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
     tensors: dict[str, NDArray] = {}
     for term in terms:
         name = f"base_model.model.{term.module}"
@@ -123,18 +169,8 @@ def write_peft(
     return CONFIG, WEIGHTS
 
 
-def peft_size(terms_out: Mapping[str, int], hidden_size: int) -> int:
-    """About how many bytes an adapter takes, from the output sizes of the linears it updates."""
-    return sum(4 * (hidden_size + size) + 400 for size in terms_out.values())
-
-
-def verify_peft(
-    folder: Path, terms: Sequence[RankOne], strength: float, *, transposed: bool
-) -> Check:
+def verify_peft(folder: Path, terms: Sequence[Term], strength: float, *, transposed: bool) -> Check:
     """The adapter's tensors and scale are what the base's weights and the manifest give."""
-    from surgery.files.ranges import LocalFiles
-    from surgery.files.safetensors_file import parse_header
-    from surgery.files.text import read_json
 
     def test() -> str:
         config = read_json(folder / CONFIG)
@@ -158,149 +194,35 @@ def verify_peft(
     return checked("the adapter equals the update recomputed from the base", test)
 
 
-# --------------------------------------------------------------------------------------------
-# For llama.cpp
-# --------------------------------------------------------------------------------------------
+def _behaviour(patient: Patient, mask: Mask, edits: Sequence[Edit], folder: Path) -> list[Check]:
+    """The base with the adapter, by PEFT, against the folded weights and the paper's mask."""
+    if find_spec("peft") is None:
+        patient.reporter.say("Logits are not compared: that needs PEFT (pip install peft)")
+        return []
+    from peft import PeftModel  # imports torch
 
-# Architectures whose GGUF keeps the rows of every projection in the checkpoint's order, and those
-# whose q and k rows llama.cpp's converter regroups for its rotary embedding. By model_type.
-_PLAIN = {
-    "qwen2": "qwen2",
-    "qwen3": "qwen3",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3_text": "gemma3",
-    "phi3": "phi3",
-    "gpt2": "gpt2",
-}
-_REGROUPED = {"llama": "llama", "mistral": "llama", "smollm3": "smollm3"}
-# The same for multimodal models that hold such a text decoder, by their own model_type; the
-# converter calls Mistral 3 by that name since it knows Ministral 3, and llama before.
-_MULTIMODAL = {"gemma3": "gemma3", "mistral3": "mistral3"}
+    from surgery.folds.editing import edited
+    from surgery.measure.logits import divergence
+    from surgery.models.loading import quiet
 
-
-@dataclass(frozen=True)
-class GgufUpdate:
-    """A rank-one update under llama.cpp's name of the tensor, rows in its order."""
-
-    tensor: str
-    a: NDArray[np.float32]
-    b: NDArray[np.float32]
-
-
-def gguf_updates(
-    terms: Sequence[RankOne], anatomy: Anatomy, config: Mapping[str, Any]
-) -> tuple[str, list[GgufUpdate]]:
-    """llama.cpp's architecture and updates for a safetensors base.
-
-    Raises Unsupported for architectures whose row order in GGUF is not known here.
-    """
-    kind, whole = anatomy.model_type, str(config.get("model_type"))
-    architecture = _PLAIN.get(kind) or _REGROUPED.get(kind)
-    if architecture is not None and is_multimodal(config):
-        architecture = _MULTIMODAL.get(whole)
-    if architecture is None:
-        raise Unsupported(
-            f"How llama.cpp orders the rows of {whole} projections is not known here; give the "
-            ".gguf file itself as MODEL, from which --as gguf-adapter works for any architecture."
-        )
-    text = text_config(config)
-    heads = int(text["num_attention_heads"]) if kind in _REGROUPED else 0
-    key_heads = int(text.get("num_key_value_heads") or heads) if heads else 0
-    updates = []
-    for term in terms:
-        name = gguf_name(architecture, anatomy.depth, term.tensor)
-        b = term.b
-        if heads and name.endswith(("attn_q.weight", "attn_k.weight")):
-            b = regroup(b, heads if name.endswith("attn_q.weight") else key_heads)
-        updates.append(GgufUpdate(name, term.a, b))
-    return architecture, updates
-
-
-def regroup(rows: NDArray, heads: int) -> NDArray:
-    """Rows from halves to pairs within each head: what llama.cpp's converter does to q and k."""
-    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
-    return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
-
-
-def gguf_name(architecture: str, depth: int, tensor: str) -> str:
-    """llama.cpp's name of a checkpoint's tensor; Unsupported where its table has none."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
-    kinds = [kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture]
-    if kinds:
-        table = get_tensor_name_map(kinds[0], depth)
-        # In a multimodal model the text decoder is one part of several, spelled in two ways.
-        plain = tensor.removeprefix("language_model.").replace("model.language_model.", "model.", 1)
-        found = table.get_name(plain, try_suffixes=(".weight", ".bias"))
-        if found is not None:
-            return str(found)
-    raise Unsupported(f"llama.cpp's table of names for {architecture!r} has no {tensor}.")
-
-
-def gguf_updates_of(
-    files: Sequence[GgufFile], terms: Sequence[RankOne], anatomy: Anatomy, edits: Sequence[Edit]
-) -> tuple[str, list[GgufUpdate]]:
-    """The same for a GGUF base, from its own tensors, whatever the order of their rows.
-
-    Raises Unsupported where a tensor of the GGUF is not the dequantised one with its rows in
-    another order.
-    """
-    from surgery.files.gguf_file import values_of
-
-    architecture = str(files[0].values.get("general.architecture"))
-    updates = []
-    for term, edit in zip(terms, edits, strict=True):
-        name = gguf_name(architecture, anatomy.depth, term.tensor)
-        found = next(((f, f.tensors[name]) for f in files if name in f.tensors), None)
-        b = None if found is None else response(values_of(*found), edit)
-        if b is None or not np.allclose(np.sort(b), np.sort(term.b), rtol=1e-4, atol=1e-6):
-            raise Unsupported(f"{name} of the GGUF does not hold the rows of {term.tensor}.")
-        updates.append(GgufUpdate(name, term.a, b))
-    return architecture, updates
-
-
-def write_gguf_adapter(
-    path: Path,
-    architecture: str,
-    updates: Sequence[GgufUpdate],
-    strength: float,
-    origin: Origin,
-    manifest: str,
-) -> None:
-    """Write a LoRA that llama.cpp loads (--lora), with its provenance in the metadata."""
-    from gguf import GGUFWriter
-
-    from surgery.outputs.gguf_conversion import MANIFEST_KEY
-
-    writer = GGUFWriter(path, architecture)
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", strength)
-    writer.add_name(f"{origin.name.rsplit('/', 1)[-1]} WeMask")
-    writer.add_finetune("WeMask")
-    writer.add_base_model_count(1)
-    for key, value in base_model(origin).items():
-        writer.add_string(f"general.base_model.0.{key}", value)
-    writer.add_string(MANIFEST_KEY, manifest)
-    for update in updates:
-        writer.add_tensor(f"{update.tensor}.lora_a", update.a[None, :])
-        writer.add_tensor(f"{update.tensor}.lora_b", update.b[:, None])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def base_model(origin: Origin) -> dict[str, str]:
-    """A base as GGUF's `general.base_model.N.*` describes it."""
-    organisation, _, name = (
-        base_name(origin) if origin.kind == "hub" or origin.note else origin.name
-    ).rpartition("/")
-    found = {"name": name}
-    if organisation:
-        found["organization"] = organisation
-        found["repo_url"] = f"https://huggingface.co/{organisation}/{name}"
-    if origin.commit:
-        found["version"] = origin.commit
-    return found
+    patient.reporter.say("Verifying")
+    model, batch = patient.model, Batch.of(patient)
+    base = batch.logits(model)
+    reference = masked_logits(batch, patient, mask, "first")
+    folded = batch.logits(model, edited(model, patient.plain, edits))
+    with quiet():
+        try:
+            wrapped = PeftModel.from_pretrained(model, str(folder)).eval()
+        except Exception as error:
+            raise BadCheckpoint(f"PEFT cannot load {folder}: {first_line(error)}") from error
+        adapted = batch.logits(wrapped)
+    patient.release()
+    distance, whole = divergence(folded, adapted), divergence(folded, base)
+    return [
+        Check(
+            "PEFT's logits on the untouched base are the folded weights'",
+            bool(distance <= 0.01 * whole + 1e-6),
+            f"KL(folded ‖ this) {distance:.1e}, KL(folded ‖ base) {whole:.1e} nats per token",
+        ),
+        near_reference(adapted, reference, base),
+    ]

@@ -18,23 +18,6 @@ from surgery.outputs.training_record import training_words
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets", "inference")
 _TAGS = ("wemask", "surgery", "massive-activations")
 
-_FOLD_WORDS = {
-    "norm": (
-        "**The `norm` fold** sets the gain of the pre-attention norm to zero in these dimensions. "
-        "It reaches **every token**, in every position. The paper masks the sink token alone, so "
-        "this is a stronger edit than the paper's.{measured}"
-    ),
-    "qkv": (
-        "**The `qkv` fold** sets the input columns of the attention's linears to zero in these "
-        "dimensions. It reaches **every token**, in every position. The paper masks the sink token "
-        "alone, so this is a stronger edit than the paper's.{measured}"
-    ),
-    "sink": (
-        "**The `sink` fold** adds a rank-one term, W ← W − γ (W (m ⊙ c)) vᵀ, to the attention's "
-        "linears. It reaches the **massive (sink) token, and tokens that look like it**: that is "
-        "the paper's mask in plain weights, up to a small leak.{measured}"
-    ),
-}
 _SELECT_WORDS = {
     "weight": "the largest norm gains, as in the paper",
     "activation": "the sink token's largest activations; the paper reports this choice as harmful",
@@ -67,7 +50,7 @@ def card_metadata(manifest: Manifest, base: Mapping[str, Any]) -> dict[str, Any]
 
     The base's `model-index` is left out: its scores were not measured on this checkpoint.
     """
-    adapter = manifest.settings.get("form") == "adapter"
+    adapter = manifest.settings.form == "adapter"
     found: dict[str, Any] = {key: base[key] for key in _INHERITED if key in base}
     if manifest.base.kind == "hub" or "/" in manifest.base.name:
         found["base_model"] = manifest.base.name
@@ -131,7 +114,7 @@ def render_card(manifest: Manifest, base: Mapping[str, Any], *, figure: bool) ->
     import yaml
     from jinja2.sandbox import SandboxedEnvironment
 
-    form = manifest.settings.get("form", "checkpoint")
+    form = manifest.settings.form
     name = "adapter_card.md.jinja" if form == "adapter" else "model_card.md.jinja"
     template = (resource_folder("hub_cards") / name).read_text(encoding="utf-8")
     environment = SandboxedEnvironment(
@@ -146,7 +129,7 @@ def render_card(manifest: Manifest, base: Mapping[str, Any], *, figure: bool) ->
 
 
 def _words(manifest: Manifest, figure: bool) -> dict[str, Any]:
-    settings, emergence = manifest.settings, manifest.emergence or {}
+    settings, emergence = manifest.settings.recorded(), manifest.emergence or {}
     targets = sorted(manifest.dimensions)
     k = len(manifest.dimensions[targets[0]])
     base_name = manifest.base.name
@@ -169,9 +152,8 @@ def _words(manifest: Manifest, figure: bool) -> dict[str, Any]:
         "rate_words": f"rate {settings['rate']:g}",
         "select_words": _SELECT_WORDS[settings["select"]],
         "strength_words": _strength_words(settings["fold"], manifest.strength),
-        "fold_words": _FOLD_WORDS[settings["fold"]].format(
-            measured=" The table below says by how much on this model." if manifest.quality else ""
-        ),
+        "fold_words": manifest.settings.fold_used.words
+        + (" The table below says by how much on this model." if manifest.quality else ""),
         "edited_words": _edited_words(len(manifest.edits)),
         "training": training_words(manifest.training) if manifest.training else "",
         "quality": _quality_words(manifest.quality),
@@ -252,7 +234,7 @@ def _undo_words(manifest: Manifest) -> str:
             "`surgery.json` holds the original values of every changed tensor: "
             "`surgery revert DIR --output BASE` restores the base model byte for byte."
         )
-    if manifest.settings.get("undo_file"):
+    if manifest.settings.undo_file:
         return (
             f"`{UNDO}` holds what the edit overwrote: `surgery revert DIR --output BASE` restores "
             "the base model byte for byte."

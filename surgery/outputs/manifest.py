@@ -11,23 +11,40 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.files.checkpoint import Checkpoint, Origin
 from surgery.files.generated import GENERATED, MANIFEST
 from surgery.files.staging import write_whole
 from surgery.files.text import read_json
-from surgery.folds.fold import Edit, SinkDirection, pack, unpack
-from surgery.method.mask import check_strength
-from surgery.models.anatomy import Anatomy
+from surgery.folds.base import Calibration, Leak
+from surgery.folds.edits import EDITS, Edit, SinkDirection, pack, unpack
+from surgery.method.mask import Mask, check_strength
 from surgery.models.loading import AutoClass
+from surgery.outputs.results import check_results
+from surgery.outputs.training_record import TrainingRecord, check_training
 from surgery.outputs.undo import unpack_file
+from surgery.settings import Settings
 
 SCHEMA = 1
+# Settings that every manifest has had from the beginning.
+_REQUIRED = ("model", "rate", "scope", "fold", "select")
 
 
 @dataclass(frozen=True)
 class EditRecord:
-    """One edited tensor. original: base64 of the source's bytes, for gains and biases."""
+    """One edited tensor.
+
+    Attributes:
+        tensor: its name.
+        file: where it lies.
+        layer: the target layer, from 0.
+        kind: a key of `surgery.folds.edits.EDITS`.
+        axis: of a linear's weight, the axis that runs over its input.
+        null: of a norm's gain, the stored value that multiplies by zero.
+        original: base64 of the source's bytes, for gains and biases.
+    """
 
     tensor: str
     file: str
@@ -57,16 +74,80 @@ class FileRecord:
     source_sha256: str | None = None
 
 
+# What was measured is kept as data, with keys that readers may rely on and others beside them.
+class EmergenceRecord(TypedDict):
+    """An `Emergence` as data."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+    layer: int | None
+    magnification: float | None
+    found_by: str
+    rows: list[dict[str, Any]]
+
+
+class VariantRecord(TypedDict):
+    """A `Measured` as data."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+    name: str
+    perplexity: float
+    against_base: float
+    kl_from_reference: float | None
+    kl_from_base: float | None
+
+
+class QualityRecord(TypedDict):
+    """A `Quality` as data; also forced (bool) and leak_text (str)."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+    variants: list[VariantRecord]
+    tokens: int
+    sequences: int
+
+
+class CheckRecord(TypedDict):
+    """A `Check` as data."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+    name: str
+    passed: bool
+
+
+class VerificationRecord(TypedDict):
+    """A `Verification` as data."""
+
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+    checks: list[CheckRecord]
+
+
 @dataclass(frozen=True)
 class Manifest:
     """Everything that went into a converted checkpoint.
 
-    settings: the arguments of `convert`. dimensions: S by target layer. replaced: files of the base
-    in whose place generated ones came, as `undo.pack_file` packs them. emergence, quality and
-    verification are what was measured, None where it was skipped; results are those of `compare`,
-    None until `card --results` puts them there. container: what a container other than a folder of
-    safetensors needs for being undone. training: how the weights were trained, None for an edit of
-    the base alone. auto_class: the class of transformers that loads the model.
+    Attributes:
+        tool: this program and its version.
+        base: where the base came from.
+        model_type: of the text decoder.
+        hidden_size: D.
+        depth: number of decoder layers.
+        anatomy: how the anatomy was known.
+        settings: the arguments of `convert`.
+        strength: γ.
+        dimensions: S by target layer.
+        edits: every changed tensor.
+        sinks: sink directions by target layer.
+        files: every file but the manifest itself.
+        versions: of what can influence a result.
+        left_out: files of the base that are not carried.
+        replaced: files of the base in whose place generated ones came, as `undo.pack_file` packs.
+        emergence: what was located; None where target layers were given.
+        quality: what the gate measured; None where it was skipped.
+        verification: what was proven; None where nothing was.
+        results: of `compare`; None until `card --results` puts them there.
+        container: what a container other than a folder needs for being undone.
+        training: how the weights were trained; None for an edit of the base alone.
+        auto_class: the class of transformers that loads the model.
+        schema_version: of this file.
     """
 
     tool: str
@@ -75,7 +156,7 @@ class Manifest:
     hidden_size: int
     depth: int
     anatomy: str
-    settings: dict[str, Any]
+    settings: Settings
     strength: float
     dimensions: dict[int, list[int]]
     edits: list[EditRecord]
@@ -84,51 +165,64 @@ class Manifest:
     versions: dict[str, str]
     left_out: list[str] = field(default_factory=list)
     replaced: dict[str, str] = field(default_factory=dict)
-    emergence: dict[str, Any] | None = None
-    quality: dict[str, Any] | None = None
-    verification: dict[str, Any] | None = None
+    emergence: EmergenceRecord | None = None
+    quality: QualityRecord | None = None
+    verification: VerificationRecord | None = None
     results: dict[str, Any] | None = None
     container: dict[str, Any] | None = None
-    training: dict[str, Any] | None = None
+    training: TrainingRecord | None = None
     auto_class: AutoClass = "AutoModelForCausalLM"
     schema_version: int = SCHEMA
 
+    def mask(self) -> Mask:
+        """The mask that was folded in."""
+        chosen = {layer: tuple(dimensions) for layer, dimensions in self.dimensions.items()}
+        return Mask(self.hidden_size, self.settings.select, self.strength, chosen)
+
+    def calibration(self) -> Calibration:
+        """What the fold had measured before."""
+        return Calibration(
+            {
+                layer: SinkDirection(unpack(record.center), unpack(record.detector))
+                for layer, record in self.sinks.items()
+            }
+        )
+
     def rebuilt_edits(self) -> tuple[Edit, ...]:
-        """The edits, from the manifest alone."""
-        sinks = {
-            layer: SinkDirection(unpack(record.center), unpack(record.detector))
-            for layer, record in self.sinks.items()
-        }
+        """The edits, from the manifest alone; of no loaded model."""
+        sinks = self.calibration().directions
         return tuple(
-            Edit(
-                tensor=record.tensor,
-                layer=record.layer,
-                kind=record.kind,
-                dimensions=tuple(self.dimensions[record.layer]),
-                strength=self.strength,
-                null=record.null,
-                axis=record.axis,
-                sink=sinks.get(record.layer) if record.kind == "rank_one" else None,
+            EDITS[record.kind].known(
+                record.tensor,
+                record.layer,
+                tuple(self.dimensions[record.layer]),
+                self.strength,
+                {"axis": record.axis, "null": record.null, "sink": sinks.get(record.layer)},
             )
             for record in self.edits
         )
+
+    def originals(self) -> dict[str, bytes]:
+        """The source's bytes of the small tensors that were edited."""
+        return {
+            record.tensor: base64.b64decode(record.original)
+            for record in self.edits
+            if record.original is not None
+        }
 
 
 def records(checkpoint: Checkpoint, edits: Sequence[Edit]) -> list[EditRecord]:
     """Edits as they are written down."""
     found = []
     for edit in edits:
-        entry = checkpoint.tensors[edit.tensor]
-        small = edit.kind in ("gain", "bias")
-        raw = checkpoint.read_bytes(edit.tensor) if small else None
+        raw = checkpoint.read_bytes(edit.tensor) if edit.small else None
         found.append(
             EditRecord(
                 tensor=edit.tensor,
-                file=entry.file,
+                file=checkpoint.tensors[edit.tensor].file,
                 layer=edit.layer,
                 kind=edit.kind,
-                axis=edit.axis,
-                null=edit.null,
+                **edit.facts,
                 original=base64.b64encode(raw).decode("ascii") if raw is not None else None,
             )
         )
@@ -136,18 +230,13 @@ def records(checkpoint: Checkpoint, edits: Sequence[Edit]) -> list[EditRecord]:
 
 
 def sink_records(
-    sinks: Mapping[int, SinkDirection], leaks: Mapping[int, Any]
+    directions: Mapping[int, SinkDirection], leaks: Mapping[int, Leak]
 ) -> dict[int, SinkRecord]:
     """Sink directions as they are written down."""
     return {
         layer: SinkRecord(pack(sink.center), pack(sink.detector), asdict(leaks[layer]))
-        for layer, sink in sinks.items()
+        for layer, sink in directions.items()
     }
-
-
-def anatomy_summary(anatomy: Anatomy) -> str:
-    """How the anatomy is known, for the manifest."""
-    return anatomy.known_from
 
 
 def tool_version() -> str:
@@ -171,7 +260,8 @@ def versions() -> dict[str, str]:
 
 def manifest_text(manifest: Manifest) -> str:
     """A manifest as JSON."""
-    return json.dumps(asdict(manifest), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    data = {**asdict(manifest), "settings": manifest.settings.recorded()}
+    return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
@@ -191,12 +281,16 @@ def read_manifest(folder: Path) -> Manifest:
 
 def parse_manifest(raw: dict[str, Any], path: str) -> Manifest:
     """The manifest in a JSON object; BadCheckpoint, naming `path`, when it makes no sense."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import TypeAdapter, ValidationError  # takes a while
 
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA:
         raise BadCheckpoint(f"{path} has schema version {version!r}; this program reads {SCHEMA}.")
     try:
+        settings = raw.get("settings")
+        missing = set(_REQUIRED) - set(settings if isinstance(settings, dict) else _REQUIRED)
+        if missing:
+            raise ValueError(f"settings lack {min(missing)}")
         # As JSON and strictly, or a number could come as text and fail where it is used.
         text = json.dumps(raw, allow_nan=False)
         manifest: Manifest = TypeAdapter(Manifest).validate_json(text, strict=True)
@@ -210,101 +304,25 @@ def parse_manifest(raw: dict[str, Any], path: str) -> Manifest:
     return manifest
 
 
-@dataclass(frozen=True)
-class _Emergence:
-    layer: int | None
-    magnification: float | None
-    found_by: str
-    rows: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class _Variant:
-    name: str
-    perplexity: float
-    against_base: float
-    kl_from_reference: float | None
-    kl_from_base: float | None
-
-
-@dataclass(frozen=True)
-class _Quality:
-    variants: list[_Variant]
-    tokens: int
-    sequences: int
-    forced: bool = False
-    leak_text: str = ""
-
-
-@dataclass(frozen=True)
-class _Check:
-    name: str
-    passed: bool
-    detail: str = ""
-
-
-@dataclass(frozen=True)
-class _Verification:
-    checks: list[_Check]
-
-
-@dataclass(frozen=True)
-class _Recipe:
-    name: str
-    keys: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Dataset:
-    path: str
-
-
-@dataclass(frozen=True)
-class _Training:
-    recipe: _Recipe
-    steps: int
-    rows: int
-    processes: int
-    trainable: int
-    changed: list[str]
-    versions: dict[str, str]
-    first_loss: float | None = None
-    last_loss: float | None = None
-    held_out_loss: float | None = None
-
-
 def _check(manifest: Manifest) -> None:
     """Raise ValueError or SurgeryError for what the commands that read a manifest stumble over."""
-    from pydantic import TypeAdapter
-
-    from surgery.settings import Settings
-
-    def shaped(kind: Any, value: Any) -> None:
-        TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
-
-    missing = {"model", "rate", "scope", "fold", "select"} - set(manifest.settings)
-    if missing:
-        raise ValueError(f"settings lack {min(missing)}")
-    shaped(Settings, manifest.settings)
-    shaped(_Emergence | None, manifest.emergence)
-    shaped(_Quality | None, manifest.quality)
-    shaped(_Verification | None, manifest.verification)
     if manifest.results is not None:
-        from surgery.outputs.results import check_results
-
         check_results(manifest.results)
     if manifest.training is not None:
-        from surgery.training.recipe import BLOCK, Treatment
-
-        shaped(_Training, manifest.training)
-        keys = manifest.training["recipe"]["keys"]
-        shaped(Treatment, keys.get(BLOCK))
-        # All of them, as a recipe is recorded: the card says what they are.
-        lacking = set(Treatment.__dataclass_fields__) - set(keys[BLOCK])
-        if lacking:
-            raise ValueError(f"the recipe's block {BLOCK} lacks {min(lacking)}")
-        shaped(list[_Dataset] | None, keys.get("datasets"))
+        check_training(manifest.training)
     check_strength(manifest.strength)
+    _check_dimensions(manifest)
+    _check_edits(manifest)
+    for record in manifest.files:
+        if Path(record.name).is_absolute() or ".." in Path(record.name).parts:
+            raise ValueError(f"it names a file outside its folder: {record.name!r}")
+    for name, packed in manifest.replaced.items():
+        if name not in GENERATED:
+            raise ValueError(f"it replaces a file that is never generated: {name!r}")
+        unpack_file(packed)
+
+
+def _check_dimensions(manifest: Manifest) -> None:
     if not manifest.dimensions:
         raise ValueError("it names no layer")
     for layer, chosen in manifest.dimensions.items():
@@ -312,21 +330,6 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"layer {layer} does not exist")
         if not chosen or not 0 <= min(chosen) <= max(chosen) < manifest.hidden_size:
             raise ValueError(f"the dimensions of layer {layer} do not exist")
-    for record in manifest.files:
-        if Path(record.name).is_absolute() or ".." in Path(record.name).parts:
-            raise ValueError(f"it names a file outside its folder: {record.name!r}")
-    for edit in manifest.edits:
-        if edit.layer not in manifest.dimensions or edit.axis not in (0, 1):
-            raise ValueError(f"the edit of {edit.tensor} is none")
-        if edit.kind not in ("gain", "bias", "columns", "rank_one"):
-            raise ValueError(f"the edit of {edit.tensor} is of the unknown kind {edit.kind!r}")
-        if edit.kind == "rank_one" and edit.layer not in manifest.sinks:
-            raise ValueError(f"the edit of {edit.tensor} has no sink direction")
-        base64.b64decode((edit.original or "").encode(), validate=True)
-    for name, packed in manifest.replaced.items():
-        if name not in GENERATED:
-            raise ValueError(f"it replaces a file that is never generated: {name!r}")
-        unpack_file(packed)
     for layer, sink in manifest.sinks.items():
         sizes = len(unpack(sink.center)), len(unpack(sink.detector))
         if sizes != (len(manifest.dimensions.get(layer, ())), manifest.hidden_size):
@@ -334,6 +337,18 @@ def _check(manifest: Manifest) -> None:
         lacking = {"ordinary_rms", "ordinary_largest", "sink_smallest"} - set(sink.leak)
         if lacking:
             raise ValueError(f"the leak of layer {layer} lacks {min(lacking)}")
+
+
+def _check_edits(manifest: Manifest) -> None:
+    for edit in manifest.edits:
+        if edit.layer not in manifest.dimensions or edit.axis not in (0, 1):
+            raise ValueError(f"the edit of {edit.tensor} is none")
+        kind = EDITS.get(edit.kind)
+        if kind is None:
+            raise ValueError(f"the edit of {edit.tensor} is of the unknown kind {edit.kind!r}")
+        if "sink" in kind.own and edit.layer not in manifest.sinks:
+            raise ValueError(f"the edit of {edit.tensor} has no sink direction")
+        base64.b64decode((edit.original or "").encode(), validate=True)
 
 
 def clean_numbers(value: Any) -> Any:

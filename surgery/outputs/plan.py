@@ -12,9 +12,8 @@ from typing import Any
 from surgery.errors import BadCheckpoint, BadSettings, Unsupported
 from surgery.files.checkpoint import Checkpoint
 from surgery.files.generated import CARD, FIGURE, GENERATED, MANIFEST, UNDO
-from surgery.files.gguf_file import shard_path
 from surgery.files.paths import is_same, is_within, longest_name
-from surgery.folds.fold import Edit
+from surgery.folds.edits import Edit
 from surgery.models.anatomy import is_editable
 
 # Room for the card, the manifest and the figure.
@@ -38,9 +37,16 @@ class FilePlan:
 class Plan:
     """Everything that will be written.
 
-    form: "checkpoint", "gguf", "adapter" or "gguf-adapter"; the edits of an adapter are those that
-    it stands for, and its base stays as it is. generated: files that are made anew, such as the
-    card. undo_size: bytes of what the edits overwrite, where that is kept in a file.
+    Attributes:
+        checkpoint: what is copied, under the names that its container has.
+        output: the path that was asked for.
+        files: what it will consist of.
+        edits: the changed tensors; of an adapter, those that it stands for.
+        overwrite: whether an earlier conversion may be replaced.
+        generated: files that are made anew, such as the card.
+        undo_size: bytes of what the edits overwrite, where that is kept in a file.
+        first: name of the first of several shards of one file; empty for a folder or a whole file.
+        beside: whether the base stays as it is and the edits become an adapter beside it.
     """
 
     checkpoint: Checkpoint
@@ -48,19 +54,19 @@ class Plan:
     files: tuple[FilePlan, ...]
     edits: tuple[Edit, ...]
     overwrite: bool
-    form: str = "checkpoint"
     generated: tuple[str, ...] = ()
     undo_size: int = 0
+    first: str = ""
+    beside: bool = False
 
     @property
     def product(self) -> Path:
         """What is there in the end: the output itself, or the first of its shards."""
-        if not self.form.startswith("gguf"):
-            return self.output
-        return shard_path(self.output, 1, len(self.files))
+        return self.output.with_name(self.first) if self.first else self.output
 
     @property
     def bytes_written(self) -> int:
+        """Bytes of all files but those made anew."""
         return sum(file.size for file in self.files)
 
     @property
@@ -71,7 +77,7 @@ class Plan:
     @property
     def bytes_edited(self) -> int:
         """Bytes of the tensors that change."""
-        if self.form.endswith("adapter"):
+        if self.beside:
             return 0
         return sum(self.checkpoint.tensors[edit.tensor].size for edit in self.edits)
 
@@ -95,11 +101,24 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class RemoteFile:
+    """A file of the base on the Hub: its bytes, and their sha256 where it is a large file."""
+
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
 class RemotePlan:
     """What a conversion on the Hub will do, decided before any file is fetched.
 
-    sent, copied: the base's files that are patched here and those that stay on the server, with
-    their sizes in bytes.
+    Attributes:
+        checkpoint: of the base, on the Hub.
+        repository: where it goes.
+        edits: the changed tensors.
+        sent: the base's files that are patched here, with their sizes in bytes.
+        copied: those that stay on the server, likewise.
+        listing: all of them, as the Hub lists them.
     """
 
     checkpoint: Checkpoint
@@ -107,6 +126,7 @@ class RemotePlan:
     edits: tuple[Edit, ...]
     sent: Mapping[str, int]
     copied: Mapping[str, int]
+    listing: Mapping[str, RemoteFile]
 
     def summary(self) -> dict[str, Any]:
         """The plan as data: what `--dry-run --json` prints."""
@@ -192,13 +212,7 @@ def edits_by_file(
                 f"{edit.tensor} is stored as {entry.dtype}, which cannot be edited; convert the "
                 "unquantised checkpoint."
             )
-        linear = edit.kind in ("columns", "rank_one")
-        axis = edit.axis if linear else 0
-        if (
-            len(entry.shape) != (2 if linear else 1)
-            or max(edit.dimensions) >= entry.shape[axis]
-            or (edit.sink is not None and len(edit.sink.detector) != entry.shape[axis])
-        ):
+        if not edit.fits(entry.shape):
             raise BadCheckpoint(
                 f"{edit.tensor} has shape {list(entry.shape)}, which the mask does not fit."
             )
@@ -262,3 +276,12 @@ def check_space(plan: Plan) -> None:
             f"Writing needs {plan.bytes_needed / 1e9:.2f} GB and {existing_parent(plan.output)} "
             f"has {free / 1e9:.2f} GB free; choose an --output on a larger disk."
         )
+
+
+def check_free(output: Path) -> None:
+    """Raise BadSettings where something is at the output, or nothing can be."""
+    if os.path.lexists(output):
+        raise BadSettings(f"{output} exists already; choose another --output.")
+    parent = existing_parent(output)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise BadSettings(f"{parent} is not a writable directory; choose another --output.")

@@ -11,7 +11,6 @@ from typing import Any
 
 from surgery.errors import BadSettings
 from surgery.files.text import read_json
-from surgery.outputs.manifest import Manifest
 
 SCHEMA = 1
 LABELS = {
@@ -90,8 +89,8 @@ class Results:
     tasks: list[TaskResult]
 
 
-def results_for(path: Path, manifest: Manifest) -> dict[str, Any]:
-    """What a results file says about the checkpoint with this manifest, for its `results` field.
+def results_for(path: Path, digests: Mapping[str, str]) -> dict[str, Any]:
+    """What a results file says about a checkpoint, for the `results` of its manifest.
 
     Checkpoints are told apart by the sha256 of their weight files. Raises BadSettings for results
     of another checkpoint and for a file that is none of ours, BadCheckpoint for one that is not
@@ -100,11 +99,7 @@ def results_for(path: Path, manifest: Manifest) -> dict[str, Any]:
     raw = read_json(path)
     if raw.get("schema_version") != SCHEMA:
         raise BadSettings(f"{path} is not a results file of `surgery compare --output`.")
-    weights = {
-        record.name: record.sha256
-        for record in manifest.files
-        if record.name.endswith(".safetensors")
-    }
+    weights = {name: digest for name, digest in digests.items() if name.endswith(".safetensors")}
     try:
         measured = next((v for v in raw["variants"] if _is(v, weights)), None)
         if measured is None:

@@ -1,9 +1,61 @@
-"""How a checkpoint was trained, in words for its card."""
+"""How a checkpoint was trained: the record in its manifest, and in words for its card."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
+
+from typing_extensions import TypedDict
+
+from surgery.outputs.treatment import BLOCK, Treatment
+
+
+class RecipeRecord(TypedDict):
+    """A recipe: its name, and all of its keys with the block `surgery`."""
+
+    name: str
+    keys: dict[str, Any]
+
+
+class _TrainingRecord(TypedDict):
+    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
+    recipe: RecipeRecord
+    steps: int
+    rows: int
+    processes: int
+    trainable: int
+    changed: list[str]
+    versions: dict[str, str]
+
+
+class TrainingRecord(_TrainingRecord, total=False):
+    """What a training was; losses in nats per token, where they are known."""
+
+    first_loss: float | None
+    last_loss: float | None
+    held_out_loss: float | None
+
+
+class _Dataset(TypedDict):
+    path: str
+
+
+def check_training(record: TrainingRecord) -> None:
+    """Raise ValueError or BadSettings for what the words of the card stumble over."""
+    from pydantic import TypeAdapter  # takes a while
+
+    def shaped(kind: Any, value: Any) -> None:
+        TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+
+    keys = record["recipe"]["keys"]
+    shaped(Treatment, keys.get(BLOCK))
+    # All of them, as a recipe is recorded: the card says what they are.
+    lacking = {known.name for known in fields(Treatment)} - set(keys[BLOCK])
+    if lacking:
+        raise ValueError(f"the recipe's block {BLOCK} lacks {min(lacking)}")
+    shaped(list[_Dataset] | None, keys.get("datasets"))
 
 
 def training_words(record: Mapping[str, Any]) -> str:

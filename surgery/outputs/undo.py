@@ -23,28 +23,20 @@ from surgery.files.generated import CARD, FIGURE, LOSS_FIGURE, MANIFEST
 from surgery.files.ranges import LocalFiles
 from surgery.files.safetensors_file import TensorEntry, parse_header, write_safetensors
 from surgery.files.text import LARGEST_TEXT
-from surgery.folds.fold import Edit
-
-
-def kept_shape(edit: Edit, entry: TensorEntry) -> tuple[int, ...]:
-    """Shape of what is kept of a tensor: the columns in S, or all of it."""
-    if edit.kind != "columns":
-        return entry.shape
-    shape = list(entry.shape)
-    shape[edit.axis] = len(edit.dimensions)
-    return tuple(shape)
+from surgery.folds.edits import Edit
 
 
 def needs_file(edits: Iterable[Edit]) -> list[Edit]:
     """The edits whose originals the manifest does not hold."""
-    return [edit for edit in edits if edit.kind in ("columns", "rank_one")]
+    return [edit for edit in edits if not edit.small]
 
 
 def undo_size(checkpoint: Checkpoint, edits: Iterable[Edit]) -> int:
     """Bytes of the tensors in the file that `write_undo` makes; 0 where it makes none."""
     kept = [(edit, checkpoint.tensors[edit.tensor]) for edit in needs_file(edits)]
     return sum(
-        math.prod(kept_shape(edit, entry)) * dtypes.BITS[entry.dtype] // 8 for edit, entry in kept
+        math.prod(edit.kept_shape(entry.shape)) * dtypes.BITS[entry.dtype] // 8
+        for edit, entry in kept
     )
 
 
@@ -53,15 +45,13 @@ def write_undo(path: Path, checkpoint: Checkpoint, edits: Sequence[Edit]) -> Non
     kept = {edit.tensor: edit for edit in needs_file(edits)}
 
     def read(name: str) -> bytes:
-        edit, entry = kept[name], checkpoint.tensors[name]
-        if edit.kind != "columns":
-            return checkpoint.read_bytes(name)
-        stored = _bits(checkpoint.read_bytes(name), entry)
-        return np.take(stored, edit.dimensions, axis=edit.axis).tobytes()
+        stored = _bits(checkpoint.read_bytes(name), checkpoint.tensors[name])
+        return kept[name].kept(stored).tobytes()
 
     shapes = {
-        name: (checkpoint.tensors[name].dtype, kept_shape(edit, checkpoint.tensors[name]))
+        name: (entry.dtype, edit.kept_shape(entry.shape))
         for name, edit in kept.items()
+        for entry in (checkpoint.tensors[name],)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(path, shapes, read, {"format": "pt", "surgery": "undo"})
@@ -80,20 +70,13 @@ class UndoFile:
         Raises BadCheckpoint where the file lacks it or holds it in another shape.
         """
         kept = self._entries.get(edit.tensor)
-        if kept is None or (kept.dtype, kept.shape) != (entry.dtype, kept_shape(edit, entry)):
+        expected = (entry.dtype, edit.kept_shape(entry.shape))
+        if kept is None or (kept.dtype, kept.shape) != expected:
             raise BadCheckpoint(
                 f"The undo file does not hold the original values of {edit.tensor}."
             )
         raw = self._files.read(self._name, kept.begin, kept.end)
-        if edit.kind != "columns":
-            return raw
-        restored = _bits(edited, entry).copy()
-        chosen = list(edit.dimensions)
-        if edit.axis == 1:
-            restored[:, chosen] = _bits(raw, kept)
-        else:
-            restored[chosen] = _bits(raw, kept)
-        return restored.tobytes()
+        return edit.inverse(_bits(edited, entry), _bits(raw, kept)).tobytes()
 
 
 def _bits(raw: bytes, entry: TensorEntry) -> NDArray:

@@ -30,7 +30,7 @@ from surgery.files.descriptors import (
 )
 from surgery.files.safetensors_file import TensorEntry
 from surgery.files.staging import replacing
-from surgery.folds.fold import Edit
+from surgery.folds.edits import Edit
 from surgery.outputs.plan import FilePlan, Plan, check_output
 
 # One step of copying. Small enough that hashing, which follows a step behind, finds the bytes in

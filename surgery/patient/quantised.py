@@ -398,12 +398,21 @@ def loadable(folder: Path) -> Iterator[Path]:
         yield Path(temporary)
 
 
-def require_editable(checkpoint: Checkpoint, fold: str, strength: float, form: str) -> None:
-    """Raise Unsupported for edits that a quantised checkpoint cannot hold truthfully."""
+def require_editable(
+    checkpoint: Checkpoint, *, linear: bool, low_rank: bool, strength: float
+) -> None:
+    """Raise Unsupported for edits that a quantised checkpoint cannot hold truthfully.
+
+    Args:
+        checkpoint: as it is stored.
+        linear: whether linears are edited, and not norms alone.
+        low_rank: whether by a low-rank term.
+        strength: γ.
+    """
     method = method_of(checkpoint.config)
-    if not method or fold == "norm" or form != "checkpoint":
+    if not method or not linear:
         return
-    if fold == "sink":
+    if low_rank:
         raise Unsupported(
             f"The weights are quantised ({method}), and would round a rank-one term away: use "
             "--fold sink --as adapter, or --fold norm."

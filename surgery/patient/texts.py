@@ -46,6 +46,15 @@ class Text:
     text: str
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt to observe a model on: what kind of text, the text, its tokens."""
+
+    kind: str
+    text: str
+    tokens: tuple[int, ...]
+
+
 def bundled(name: str) -> list[Text]:
     """The bundled texts "calibration" or "heldout"."""
     return read_texts(FOLDER / f"{name}.jsonl")

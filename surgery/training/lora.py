@@ -22,7 +22,7 @@ from surgery.files import dtypes
 from surgery.files.checkpoint import Checkpoint
 from surgery.files.staging import write_whole
 from surgery.files.text import read_json
-from surgery.folds.fold import SinkDirection
+from surgery.folds.edits import SinkDirection
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy
 
@@ -55,17 +55,17 @@ class LowRank:
 
 
 def closed_inputs(
-    anatomy: Anatomy, mask: Mask, fold: str, fold_layers: Sequence[int], tokens: str
+    anatomy: Anatomy, mask: Mask, zeroed: Sequence[int], tokens: str
 ) -> dict[str, tuple[int, ...]]:
     """The input dimensions that A must not read, by module path of a reader.
 
-    S wherever the fold will zero it for every token (norm, qkv): merged, A[:, S] would write the
-    zeroed columns again, or keep its random start in columns that nothing trained. The same where
-    every token is masked in training but no fold follows.
+    S in the layers `zeroed`, whose input the fold will zero for every token: merged, A[:, S] would
+    write the zeroed columns again, or keep its random start in columns that nothing trained. The
+    same where every token is masked in training but no fold follows.
     """
     closed: dict[str, tuple[int, ...]] = {}
     for layer in mask.layers:
-        if tokens == "every" or (fold in ("norm", "qkv") and layer in fold_layers):
+        if tokens == "every" or layer in zeroed:
             for reader in anatomy.at(layer).readers:
                 closed[reader] = mask.dimensions[layer]
     return closed

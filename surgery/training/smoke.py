@@ -14,10 +14,10 @@ from filelock import FileLock
 
 from surgery.files.checkpoint import INDEX, SINGLE
 from surgery.files.safetensors_file import write_safetensors
-from surgery.files.text import read_json
+from surgery.files.text import read_json, write_text
+from surgery.outputs.treatment import BLOCK
 from surgery.patient.cache import cache_folder
 from surgery.patient.source import resolve
-from surgery.training.recipe import BLOCK
 
 LAYERS = 6
 # In a cut of six layers nothing massive lasts; the demo model's early rise is at this layer.
@@ -46,7 +46,7 @@ def cut_demo(folder: Path, layers: int = LAYERS) -> Path:
     config["num_hidden_layers"] = layers
     if config.get("layer_types"):
         config["layer_types"] = config["layer_types"][:layers]
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_text(folder / "config.json", json.dumps(config))
     return folder
 
 
@@ -83,7 +83,7 @@ def _prepared(method: str) -> tuple[Path, Path]:
             with tempfile.TemporaryDirectory(dir=folder) as part:
                 os.rename(cut_demo(Path(part) / "cut"), model)
         lines = [json.dumps(row) for row in smoke_rows(method)]
-        data.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(data, "\n".join(lines) + "\n")
     return model, data
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,54 +12,24 @@ from typing import Any
 
 import numpy as np
 
-from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
+from surgery.files.checkpoint import Checkpoint
 from surgery.files.generated import CARD, FIGURE, LOSS_FIGURE, MANIFEST
-from surgery.folds.fold import Edit
-from surgery.jobs.convert import hashed
+from surgery.files.text import write_text
+from surgery.folds.base import Fold
+from surgery.measure.logits import divergence
 from surgery.method.mask import Mask
-from surgery.models.anatomy import Anatomy
+from surgery.outputs.behaviour import Batch
 from surgery.outputs.card import front_matter, render_card
-from surgery.outputs.manifest import Manifest, read_manifest, write_manifest
+from surgery.outputs.checks import Check, Verification
+from surgery.outputs.describe import hashed
+from surgery.outputs.manifest import read_manifest, write_manifest
 from surgery.outputs.training_record import training_words
-from surgery.outputs.verification import (
-    Check,
-    Verification,
-    verify_files,
-    verify_structure,
-    verify_untouched,
-)
-from surgery.reporter import SILENT
-from surgery.settings import Settings
+from surgery.patient.patient import Patient
 from surgery.training.lora import LowRank
 
 RECORD = "training.json"
 # Distance, in nats per token, that rounding alone may leave between hooks and folded weights.
 _ROUNDING = {"F32": 1e-5, "F64": 1e-5, "F16": 1e-3, "BF16": 2e-2}
-
-
-def verify_masked(folder: Path, anatomy: Anatomy, mask: Mask, fold: str) -> Check:
-    """The masked inputs are exactly zero in the saved file: the gain, or the input columns."""
-    saved = open_checkpoint(folder, Origin("directory", folder.name, str(folder)))
-    wrong, seen = "", 0
-    for layer in mask.layers:
-        chosen, found = list(mask.dimensions[layer]), anatomy.at(layer)
-        if fold == "norm":
-            gain = saved.read(found.gain).astype(np.float64)
-            values = {found.gain: gain[chosen] - anatomy.null_gain}
-        else:
-            values = {
-                name: np.take(saved.read(name).astype(np.float64), chosen, axis=anatomy.input_axis)
-                for name in found.weights
-            }
-        for name, value in values.items():
-            seen += value.size
-            if mask.strength == 1.0 and value.any():
-                wrong = wrong or name
-    return Check(
-        "masked inputs are exactly zero in the saved file",
-        not wrong,
-        f"{wrong} is not zero" if wrong else f"{seen} values",
-    )
 
 
 def verify_closed(updates: Mapping[str, LowRank], shut: Mapping[str, tuple[int, ...]]) -> Check:
@@ -76,80 +47,68 @@ def verify_closed(updates: Mapping[str, LowRank], shut: Mapping[str, tuple[int, 
 
 
 def agreement(
-    checkpoint: Checkpoint,
-    anatomy: Anatomy,
-    settings: Settings,
+    patient: Patient,
     adapter: Path,
-    mask: Mask | None,
     folder: Path,
     *,
+    mask: Mask | None = None,
+    fold: Fold | None = None,
     base: Path | None = None,
 ) -> list[Check]:
     """A written checkpoint against base, adapter and hooks, on the same held-out text.
 
-    mask: what the hooks mask: every token for `norm` and `qkv`, the first for `sink`; None for no
-    hooks. base: where the adapter's base lies, instead of `checkpoint`.
+    Args:
+        patient: the base that was trained.
+        adapter: folder of the trained LoRA.
+        folder: of the written checkpoint.
+        mask: what the hooks mask, on the tokens of `fold`; None for no hooks.
+        fold: what was folded in.
+        base: where the adapter's base lies, instead of the patient's.
     """
-    import torch
-    from peft import PeftModel
+    from peft import PeftModel  # imports torch
 
-    from surgery.jobs.convert import verification_batch
     from surgery.models.loading import load_model, quiet
-    from surgery.models.reference import masked
-    from surgery.patient.subject import Subject
+    from surgery.models.masking import wemask
 
-    subject = Subject(checkpoint, settings, SILENT)
-    ids, real = verification_batch(subject)
-    device = subject.device
+    batch, loading = Batch.of(patient), patient.loading
 
     def load(source: Path) -> Any:
         return load_model(
             source,
-            dtype=settings.dtype,
-            device=device,
-            trust_remote_code=settings.trust_remote_code,
+            dtype=loading.dtype,
+            device=batch.device,
+            trust_remote_code=loading.trust_remote_code,
         )
 
-    def logits(model: Any) -> torch.Tensor:
-        with torch.inference_mode():
-            return model(
-                input_ids=ids.to(device), attention_mask=real.long().to(device), use_cache=False
-            ).logits[real.to(device)]
-
-    network = load(base or checkpoint.folder)
+    network = load(base or patient.checkpoint.folder)
     with quiet():
         wrapped = PeftModel.from_pretrained(network, str(adapter)).eval()
-    unmasked = known = logits(wrapped)
-    if mask is not None:
-        tokens = "first" if settings.fold == "sink" else "all"
-        with masked(network, anatomy, mask, tokens):
-            known = logits(wrapped)
+    unmasked = known = batch.logits(wrapped)
+    if mask is not None and fold is not None:
+        hooks = wemask(network, mask, fold.tokens, anatomy=patient.anatomy)
+        known = batch.logits(wrapped, hooks)
     del wrapped, network
-    found = logits(load(folder))
-    distance = _kl(known, found)
+    found = batch.logits(load(folder))
+    distance = divergence(known.double(), found.double())
     difference = float((known.double() - found.double()).abs().max())
     detail = f"KL {distance:.2e} nats per token, largest logit difference {difference:.2e}"
-    rounding = max(
-        _ROUNDING.get(entry.dtype, 2e-2)
-        for entry in checkpoint.tensors.values()
-        if entry.dtype in _ROUNDING
-    )
+    near = distance <= _rounding(patient.checkpoint)
     if base is not None:
-        name = "the adapter on its base equals the merged checkpoint"
-        return [Check(name, distance <= rounding, detail)]
-    if mask is None:
-        return [Check("merged checkpoint equals base and LoRA", distance <= rounding, detail)]
+        return [Check("the adapter on its base equals the merged checkpoint", near, detail)]
+    if fold is None:
+        return [Check("merged checkpoint equals base and LoRA", near, detail)]
     name = "folded and merged checkpoint against base, LoRA and hooks"
-    if settings.fold == "sink":  # which approximates the mask of the first token
-        apart = _kl(known, unmasked)
-        detail += f"; without the fold KL {apart:.2e}"
-        return [Check(name, bool(np.isfinite(distance)), detail)]
-    return [Check(name, distance <= rounding, detail)]
+    if fold.exact:
+        return [Check(name, near, detail)]
+    # The fold approximates the mask of the first token.
+    detail += f"; without the fold KL {divergence(known.double(), unmasked.double()):.2e}"
+    return [Check(name, math.isfinite(distance), detail)]
 
 
-def _kl(known: Any, other: Any) -> float:
-    logs, others = known.double().log_softmax(-1), other.double().log_softmax(-1)
-    return float((logs.exp() * (logs - others)).sum(-1).mean())
+def _rounding(checkpoint: Checkpoint) -> float:
+    """Distance that rounding to the checkpoint's formats alone may leave, nats per token."""
+    formats = {entry.dtype for entry in checkpoint.tensors.values()} & set(_ROUNDING)
+    return max(_ROUNDING[name] for name in formats)
 
 
 def stands_alone(adapter: Path, record: Mapping[str, Any], base: Checkpoint) -> list[Check]:
@@ -191,14 +150,14 @@ def add_training(
             verification=Verification(tuple(checks)).as_dict(),
         )
         card = render_card(manifest, metadata, figure=(folder / FIGURE).is_file())
-        (folder / CARD).write_text(card, encoding="utf-8")
+        write_text(folder / CARD, card)
         known = [file for file in manifest.files if file.name != CARD]
         names = [CARD, *([LOSS_FIGURE] if figure is not None else [])]
         files = [*known, *(hashed(folder, name) for name in names)]
         write_manifest(replace(manifest, files=files), folder)
         return
-    (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    (folder / CARD).write_text(plain_card(record, checks, metadata, folder), encoding="utf-8")
+    write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
+    write_text(folder / CARD, plain_card(record, checks, metadata, folder))
 
 
 def plain_card(
@@ -251,27 +210,3 @@ _KINDS = {
 
 def _intervention(record: Mapping[str, Any]) -> str:
     return str(record["recipe"]["keys"]["surgery"]["intervention"])
-
-
-# ---------------------------------------------------------------------------------------------
-# Looking at a trained checkpoint again
-# ---------------------------------------------------------------------------------------------
-
-
-def verify_trained(
-    folder: Path, manifest: Manifest, base: Checkpoint, anatomy: Anatomy
-) -> Verification:
-    """What a trained checkpoint's files prove: hashes, structure, zeros, and all that stayed."""
-    assert manifest.training is not None
-    checks = [verify_files(folder, manifest.files), verify_structure(base, folder)]
-    if not all(check.passed for check in checks):
-        return Verification(tuple(checks))
-    fold = str(manifest.settings["fold"])
-    dimensions = {layer: tuple(chosen) for layer, chosen in manifest.dimensions.items()}
-    mask = Mask(manifest.hidden_size, "weight", manifest.strength, dimensions)
-    if fold != "sink":
-        checks.append(verify_masked(folder, anatomy, mask, fold))
-    changed = {*manifest.training["changed"], *(edit.tensor for edit in manifest.edits)}
-    places = [Edit(name, 0, "columns", (), 0.0) for name in sorted(changed) if name in base.tensors]
-    checks.append(verify_untouched(base, folder, places))
-    return Verification(tuple(checks))

@@ -1,4 +1,4 @@
-"""The norm fold inside a GGUF file: gains patched in place, everything else byte for byte.
+"""The bytes of a patched GGUF file: norm gains in place, provenance added, everything else kept.
 
 llama.cpp stores norm gains in float32 whatever the quantisation, and those of unit-offset norms
 with the one added, so zero means zero. The manifest travels inside the file, as metadata, and is
@@ -9,46 +9,29 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
+from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files.checkpoint import Checkpoint, Origin
 from surgery.files.digests import file_sha256
-from surgery.files.gguf_file import (
-    F32,
-    GgufFile,
-    read_gguf,
-    shard_path,
-    shards_of,
-    tensor_type,
-    values_of,
-)
+from surgery.files.gguf_file import F32, GgufFile, read_gguf, shards_of, tensor_type, values_of
 from surgery.files.safetensors_file import TensorEntry
-from surgery.files.staging import put_each, sync_tree, temporary_sibling
-from surgery.folds.fold import Edit
+from surgery.folds.edits import Bias, Edit, Gain
 from surgery.method.mask import Mask
-from surgery.models.anatomy import Anatomy, effective_gain
-from surgery.outputs.adapter import base_model, gguf_name
-from surgery.outputs.manifest import FileRecord, Manifest, manifest_text, parse_manifest
-from surgery.outputs.plan import (
-    FilePlan,
-    Plan,
-    check_apart,
-    check_parent,
-    check_space,
-    edits_by_file,
-)
-from surgery.outputs.verification import Check, checked
+from surgery.models.anatomy import effective_gain
+from surgery.outputs.checks import Check, checked
+from surgery.outputs.gguf_container import read_embedded, targets_of
+from surgery.outputs.gguf_names import MANIFEST_KEY, base_model, gguf_name
+from surgery.outputs.manifest import FileRecord, Manifest, manifest_text
+from surgery.outputs.plan import Plan
+from surgery.patient.patient import Patient
 
-MANIFEST_KEY = "surgery.manifest"
 _COUNT_KEY = "general.base_model.count"
 _STEP = 4 * 1024 * 1024
 
@@ -80,30 +63,34 @@ def open_gguf(path: Path, origin: Origin, config: Any) -> tuple[Checkpoint, list
     return checkpoint, files
 
 
-def gguf_edits(
-    files: Sequence[GgufFile], analysed: Checkpoint, anatomy: Anatomy, mask: Mask
-) -> tuple[Edit, ...]:
+def gguf_edits(files: Sequence[GgufFile], patient: Patient, mask: Mask) -> tuple[Edit, ...]:
     """The norm fold in llama.cpp's names and storage.
 
-    analysed: the same model, dequantised. Raises Unsupported where the GGUF's gains are not the
-    effective gains of that model, so that zero would not mean zero, or not stored as float32.
+    Args:
+        files: the shards of the GGUF.
+        patient: the same model, dequantised.
+        mask: what is folded in.
+
+    Raises:
+        Unsupported: where the GGUF's gains are not the effective gains of that model, so that zero
+            would not mean zero, or are not stored as float32.
     """
     architecture = str(files[0].values.get("general.architecture"))
-    edits: list[Edit] = []
+    anatomy, edits = patient.anatomy, list[Edit]()
     if mask.strength == 0.0:
         return ()
     for layer in mask.layers:
-        found = anatomy.at(layer)
+        found, chosen = anatomy.at(layer), mask.dimensions[layer]
         name = gguf_name(architecture, anatomy.depth, found.gain)
         stored = _values(files, name)
-        expected = effective_gain(anatomy, analysed, layer)
+        expected = effective_gain(anatomy, patient.plain, layer)
         if stored.shape != expected.shape or not np.allclose(stored, expected, rtol=1e-5):
             raise Unsupported(f"{name} of the GGUF does not hold the gain of {found.gain}.")
-        edits.append(Edit(name, layer, "gain", mask.dimensions[layer], mask.strength))
+        edits.append(Gain(name, layer, chosen, mask.strength))
         if found.bias:
             bias = gguf_name(architecture, anatomy.depth, found.bias)
             _values(files, bias)
-            edits.append(Edit(bias, layer, "bias", mask.dimensions[layer], mask.strength))
+            edits.append(Bias(bias, layer, chosen, mask.strength))
     return tuple(edits)
 
 
@@ -118,50 +105,6 @@ def _values(files: Sequence[GgufFile], name: str) -> Any:
                 )
             return values_of(file, file.tensors[name])
     raise BadCheckpoint(f"The GGUF has no tensor {name}.")
-
-
-def plan_gguf(
-    checkpoint: Checkpoint, edits: tuple[Edit, ...], output: Path, *, overwrite: bool
-) -> Plan:
-    """Which files will be written; raises like `surgery.plan.make_plan`."""
-    by_file = edits_by_file(checkpoint, edits)
-    sources = checkpoint.weight_files
-    files = tuple(
-        FilePlan(name, checkpoint.file_sizes[name], by_file.get(name, ())) for name in sources
-    )
-    plan = Plan(checkpoint, Path(os.path.abspath(output)), files, edits, overwrite)
-    paths = [checkpoint.folder / name for name in sources]
-    check_gguf_output(paths, plan.output, len(sources), overwrite=overwrite)
-    check_space(plan)
-    return plan
-
-
-def targets_of(output: Path, count: int) -> list[Path]:
-    """The files behind an output name: itself, or its shards."""
-    return [shard_path(output, number, count) for number in range(1, count + 1)]
-
-
-def check_gguf_output(
-    sources: Sequence[Path], output: Path, count: int, *, overwrite: bool
-) -> None:
-    """Raise BadSettings unless the output may be created; nothing is touched."""
-    check_parent(output)
-    for target in targets_of(output, count):
-        check_apart(sources, target)
-        if not os.path.lexists(target):
-            continue
-        if not overwrite:
-            raise BadSettings(f"{target} exists already; give --overwrite or another --output.")
-        if target == targets_of(output, count)[0]:
-            try:
-                known = target.is_file() and MANIFEST_KEY in read_gguf(target).values
-            except SurgeryError:
-                known = False
-            if not known:
-                raise BadSettings(
-                    f"{target} was not written by surgery, so it will not be overwritten; choose "
-                    "another --output."
-                )
 
 
 def provenance(first: GgufFile, origin: Origin) -> tuple[dict[str, str | int], dict[str, int]]:
@@ -233,82 +176,6 @@ def write_gguf(
     return manifest, targets
 
 
-@contextmanager
-def gguf_staging(
-    sources: Sequence[Path], output: Path, count: int, *, overwrite: bool
-) -> Iterator[Path]:
-    """A folder beside the output, whose files take their names when the block ends well."""
-    try:
-        with temporary_sibling(output) as folder:
-            yield folder
-            sync_tree(folder)
-            check_gguf_output(sources, output, count, overwrite=overwrite)
-            put_each(folder, [target.name for target in targets_of(output, count)])
-    except OSError as error:
-        raise BadSettings(f"Writing {output} failed: {error.strerror or error}.") from error
-
-
-def read_embedded(path: Path) -> tuple[Manifest, list[GgufFile]]:
-    """The manifest inside a GGUF that surgery wrote, and the files; BadCheckpoint without one."""
-    if path.suffix != ".gguf":
-        raise BadCheckpoint(f"{path} is no .gguf file, so surgery did not write it.")
-    files = [read_gguf(shard) for shard in shards_of(path)]
-    text = files[0].values.get(MANIFEST_KEY)
-    if not isinstance(text, str):
-        raise BadCheckpoint(f"{path} has no {MANIFEST_KEY}, so surgery did not write it.")
-    try:
-        raw = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadCheckpoint(f"The manifest in {path} is damaged: {error}.") from error
-    manifest = parse_manifest(raw, f"The manifest in {path}")
-    try:
-        _check(manifest, files)
-    except ValueError as error:
-        raise BadCheckpoint(f"The manifest in {path} is damaged: {error}.") from error
-    return manifest, files
-
-
-@dataclass(frozen=True)
-class _Container:
-    kind: str
-    added: list[str]
-    restored: dict[str, int]
-
-
-def _check(manifest: Manifest, files: Sequence[GgufFile]) -> None:
-    """Raise ValueError where a manifest does not fit the files that it is about."""
-    if manifest.container is None or manifest.container.get("kind") == "gguf-adapter":
-        return
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        text = json.dumps(manifest.container)
-        container = TypeAdapter(_Container).validate_json(text, strict=True)
-    except ValidationError as error:
-        raise ValueError(f"container: {error.errors()[0]['msg']}") from error
-    first = files[0]
-    if len(set(container.added)) != len(container.added):
-        raise ValueError("it names an addition twice")
-    for key, value in container.restored.items():
-        if (
-            not 0 <= value < 2**32
-            or first.places.get(key, first.metadata_end) + 4 > first.metadata_end
-        ):
-            raise ValueError(f"{key} cannot be restored")
-    if len(manifest.files) != len(files):
-        raise ValueError(f"it is about {len(manifest.files)} files, not {len(files)}")
-    for edit in manifest.edits:
-        tensor = next((f.tensors[edit.tensor] for f in files if edit.tensor in f.tensors), None)
-        original = base64.b64decode(edit.original or "")
-        if (
-            tensor is None
-            or (tensor.kind, tensor.size) != (F32, len(original))
-            or edit.kind not in ("gain", "bias")
-            or 4 * max(manifest.dimensions[edit.layer]) >= tensor.size
-        ):
-            raise ValueError(f"the edit of {edit.tensor} is none")
-
-
 def restored(files: Sequence[GgufFile], number: int, manifest: Manifest) -> Iterator[bytes]:
     """The bytes of one file of the base, from the converted one and its manifest alone."""
     file = files[number]
@@ -361,21 +228,6 @@ def restore_gguf(path: Path, target: Path) -> int:
                 "was written."
             )
     return len(files)
-
-
-def revert_gguf(path: Path, target: Path) -> int:
-    """Undo a conversion of a GGUF; returns how many files were restored.
-
-    Raises BadSettings for an adapter, BadCheckpoint like `restore_gguf`.
-    """
-    manifest, files = read_embedded(path)
-    if manifest.settings.get("form", "checkpoint") != "checkpoint":
-        raise BadSettings(
-            f"{path} is an adapter, which changes no byte of its base; there is nothing to undo."
-        )
-    paths = [file.path for file in files]
-    with gguf_staging(paths, target, len(files), overwrite=False) as folder:
-        return restore_gguf(path, folder / target.name)
 
 
 def verify_gguf_bytes(path: Path) -> list[Check]:

@@ -1,21 +1,19 @@
-"""Proving a written checkpoint: its bytes against base and manifest, its function against hooks."""
+"""Proving the bytes of a written checkpoint, against its base and its manifest."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from surgery.errors import BadCheckpoint, SurgeryError, VerificationFailed
 from surgery.files.checkpoint import Checkpoint, Origin, check_links, open_checkpoint
 from surgery.files.descriptors import read_at
 from surgery.files.digests import file_sha256
 from surgery.files.generated import GENERATED
-from surgery.folds.fold import Edit
+from surgery.folds.edits import Edit
 from surgery.outputs.manifest import FileRecord
 from surgery.outputs.write import edited_blocks
 
@@ -94,13 +92,13 @@ def verify_edits(base: Checkpoint, folder: Path, edits: Sequence[Edit]) -> Check
     return checked("every edited tensor equals the edit recomputed from the base", test)
 
 
-def verify_untouched(base: Checkpoint, folder: Path, edits: Sequence[Edit]) -> Check:
-    """All other tensors and all side files are byte-identical to the base."""
+def verify_untouched(base: Checkpoint, folder: Path, changed: Iterable[str]) -> Check:
+    """All tensors but the changed ones, and all side files, are byte-identical to the base."""
 
     def test() -> str:
         ranges: dict[str, list[tuple[int, int]]] = {}
-        for edit in edits:
-            entry = base.tensors[edit.tensor]
+        for name in changed:
+            entry = base.tensors[name]
             ranges.setdefault(entry.file, []).append((entry.begin, entry.end))
         compared = 0
         for name in (*base.weight_files, *base.side_files):
@@ -175,69 +173,17 @@ def verify_originals(base: Checkpoint, originals: Mapping[str, bytes]) -> Check:
     return checked("original values kept for undoing are the base's", test)
 
 
-def verify_behaviour(
-    base_logits: Any,
-    reference_logits: Any,
-    folder: Path,
-    ids: Any,
-    real: Any,
-    *,
-    fold: str,
-    exact: bool,
-    inexact_because: str,
-    dtype: str,
-    device: Any,
-    trust_remote_code: bool = False,
-) -> list[Check]:
-    """Stock load, finite logits, and logits against the reference.
-
-    reference_logits: the base under hooks, [B, T, vocabulary], on the same tokens: masked on every
-    token for `norm` and `qkv`, on the first token for `sink`. exact: whether they must be
-    bit-equal. Raises BadCheckpoint when the checkpoint does not load.
-    """
-    import torch
-
-    from surgery.models.loading import load_model
-
-    model = load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    checks = [Check("stock transformers loads it, no weight missing", True, type(model).__name__)]
-    with torch.inference_mode():
-        logits = model(
-            input_ids=ids.to(device), attention_mask=real.long().to(device), use_cache=False
-        ).logits[real.to(device)]
-    del model
-    finite = bool(torch.isfinite(logits).all())
-    checks.append(Check("logits are finite", finite, f"{logits.shape[0]} tokens"))
-    if fold == "sink":
-        distance = divergence(reference_logits, logits)
-        checks.append(
-            Check(
-                "logits against the paper's mask (hook on the first token)",
-                bool(np.isfinite(distance)),
-                f"KL(reference ‖ this) {distance:.2e} nats per token; "
-                f"KL(reference ‖ base) {divergence(reference_logits, base_logits):.2e}",
-            )
-        )
-        return checks
-    name = "logits equal the base under a hook that masks every token"
-    difference = float((logits.double() - reference_logits.double()).abs().max())
-    if torch.equal(logits, reference_logits):
-        checks.append(Check(name, True, f"bit-equal in {dtype}"))
-    else:
-        largest = float(reference_logits.double().abs().max())
-        tolerance = 0.02 * largest
-        checks.append(
-            Check(
-                name,
-                not exact and difference <= tolerance,
-                f"largest difference {difference:.2e} (largest logit {largest:.3g})"
-                + (f"; {inexact_because}" if not exact else ", expected bit-equality"),
-            )
-        )
-    return checks
-
-
-def divergence(known: Any, other: Any) -> float:
-    """KL(known ‖ other) in nats per token, of logits [tokens, vocabulary]."""
-    logs, others = known.float().log_softmax(-1), other.float().log_softmax(-1)
-    return float((logs.exp() * (logs - others)).sum(-1).double().mean())
+def verify_masked(folder: Path, edits: Sequence[Edit]) -> Check:
+    """The masked inputs are exactly zero in the saved file: gain and bias, or input columns."""
+    saved = open_checkpoint(folder, Origin("directory", folder.name, str(folder)))
+    wrong, seen = "", 0
+    for edit in edits:
+        values = edit.masked(saved.read(edit.tensor))
+        seen += values.size
+        if edit.strength == 1.0 and values.any():
+            wrong = wrong or edit.tensor
+    return Check(
+        "masked inputs are exactly zero in the saved file",
+        not wrong,
+        f"{wrong} is not zero" if wrong else f"{seen} values",
+    )

@@ -1,0 +1,50 @@
+"""Rendering the model card again."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+
+from surgery.errors import BadSettings
+from surgery.files.checkpoint import check_links
+from surgery.files.generated import CARD, FIGURE, MANIFEST
+from surgery.files.staging import write_whole
+from surgery.outputs.card import front_matter, render_card
+from surgery.outputs.manifest import FileRecord, read_manifest, write_manifest
+from surgery.outputs.results import results_for
+
+
+def refresh_card(folder: str | Path, *, results: str | Path | None = None) -> Path:
+    """Render the card again from the manifest, which is all it needs; returns its path.
+
+    Metadata inherited from the base card is kept from the present card.
+
+    Args:
+        folder: a converted checkpoint.
+        results: a results file of `compare`, whose figures for this checkpoint the manifest and the
+            card then hold.
+
+    Raises:
+        BadSettings: when the results were not measured on this checkpoint, and for a .gguf file.
+    """
+    path = Path(folder)
+    if path.suffix == ".gguf" and path.is_file():
+        raise BadSettings(
+            f"{path} has no card: a .gguf file carries its provenance inside, and surgery inspect "
+            "shows it."
+        )
+    check_links(path, (MANIFEST, CARD, FIGURE))
+    manifest = read_manifest(path)
+    known = {record.name: record.sha256 for record in manifest.files}
+    if results is not None:
+        manifest = replace(manifest, results=results_for(Path(results), known))
+    figure = (path / FIGURE).is_file()
+    card = render_card(manifest, front_matter(path / CARD), figure=figure).encode()
+    if CARD not in known:
+        raise BadSettings(f"{path} was not written with a card.")
+    write_whole(path / CARD, card)
+    record = FileRecord(CARD, len(card), hashlib.sha256(card).hexdigest())
+    files = [record if file.name == CARD else file for file in manifest.files]
+    write_manifest(replace(manifest, files=files), path)
+    return path / CARD
