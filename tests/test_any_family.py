@@ -32,7 +32,7 @@ from surgery.models.anatomy import Anatomy, effective_gain
 from surgery.models.families import MULTIMODAL, family_of
 from surgery.models.loading import load_model, load_tokenizer
 from surgery.models.observe import layer_norms, pad, sink_magnitudes
-from surgery.models.reference import masked
+from surgery.models.masking import masked
 from surgery.outputs.plan import make_plan
 from surgery.outputs.checks import verify_edits, verify_structure, verify_untouched
 from surgery.outputs.write import copy_plan
@@ -134,7 +134,8 @@ def test_supported(name: str, tmp_path: Path) -> None:
     norms = layer_norms(model, anatomy, prompts)
     expected = case.layer if case.lasts else None
     assert agree(norms).layer == expected
-    assert stream.stream_emergence(checkpoint, anatomy, prompts).emergence.layer == expected
+    streamed = stream.LayerStream(checkpoint, anatomy).locate(prompts)
+    assert streamed.emergence.layer == expected
 
     # Zeroing folds in every later layer: to the bit what the hook does, and nothing else changed.
     windows = texts.windows(tokenizer, texts.bundled("heldout"), 40, 120)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from surgery.errors import BadSettings
 from surgery.jobs.convert import convert
-from surgery.measure.tasks import TaskSettings, task_settings
+from surgery.measure.task_settings import TaskSettings, task_settings
 from surgery.patient.patient import Patient
 from surgery.report.plots import SweptPoint, plot_sweep
 from surgery.reporter import SILENT, Reporter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,14 +16,21 @@ from surgery.files.checkpoint import Checkpoint
 from surgery.models.families import Family, Mixer, family_of
 from surgery.models.names import layers_prefix
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class AttentionInput:
-    """The attention input of one decoder layer.
+    """The attention input of one decoder layer: the norm that makes it, the linears that read it.
 
-    layer: index, from 0. norm, attention, readers: module paths in the loaded model. gain, bias,
-    weights: names of the norm's and the readers' tensors in the checkpoint; gain is empty where the
-    norm has no parameters.
+    Attributes:
+        layer: index, from 0.
+        norm: module path of the norm in the loaded model.
+        attention: module path of the attention module.
+        readers: module paths of the linears.
+        gain: name of the norm's weight in the checkpoint; empty where the norm has no parameters.
+        bias: name of the norm's bias in the checkpoint; None where it has none.
+        weights: names of the readers' weights in the checkpoint, in their order.
     """
 
     layer: int
@@ -38,11 +46,16 @@ class AttentionInput:
 class Anatomy:
     """What a fold needs to know about a model.
 
-    inputs: per decoder layer, None where the layer has no attention. null_gain: the stored gain
-    that multiplies by zero. input_axis: the axis of a reader's weight that runs over the attention
-    input: 1 for linears stored [out, in], 0 for GPT-2's Conv1D. norm_refusal: why the `norm` fold
-    would change more than attention; empty when it is legal. known_from: "table", "trace" or
-    "table, confirmed by trace".
+    Attributes:
+        model_type: of the text decoder, as its configuration calls it.
+        hidden_size: D, the width of the residual stream.
+        layers_path: module path of the list of decoder layers in the loaded model.
+        inputs: per decoder layer, None where the layer has no attention.
+        null_gain: the stored gain that multiplies by zero: -1 in norms that multiply by 1 + w.
+        input_axis: the axis of a reader's weight that runs over the attention input: 1 for linears
+            stored [out, in], 0 for GPT-2's Conv1D.
+        norm_refusal: why the `norm` fold would change more than attention; empty when it is legal.
+        known_from: "table", "trace" or "table, confirmed by trace".
     """
 
     model_type: str
@@ -65,7 +78,11 @@ class Anatomy:
         return tuple(found is not None for found in self.inputs)
 
     def at(self, layer: int) -> AttentionInput:
-        """The attention input of a layer; Unsupported when that layer has none."""
+        """The attention input of a layer.
+
+        Raises:
+            Unsupported: where the layer has none, or does not exist.
+        """
         if not 0 <= layer < self.depth:
             raise Unsupported(
                 f"Layer {layer} does not exist: the model has layers 0 to {self.depth - 1}."
@@ -156,10 +173,15 @@ def width_of(config: Mapping[str, Any]) -> int:
 
 
 def describe(checkpoint: Checkpoint) -> Anatomy | None:
-    """Anatomy from the table of families and the checkpoint's headers; None if unknown there.
+    """Anatomy from the table of families and the checkpoint's headers.
 
-    Raises Unsupported for families that cannot be folded, BadCheckpoint where the headers lack a
-    tensor or hold it in another shape than the table and the configuration say.
+    Returns:
+        None where the table does not know the family.
+
+    Raises:
+        Unsupported: for families that cannot be folded.
+        BadCheckpoint: where the headers lack a tensor or hold it in another shape than the table
+            and the configuration say.
     """
     config = text_config(checkpoint.config)
     family = family_of(config)
@@ -184,6 +206,7 @@ def describe(checkpoint: Checkpoint) -> Anatomy | None:
         known_from="table",
     )
     check_shapes(anatomy, checkpoint)
+    logger.debug("%s is in the table of families; its layers are stored at %s", model_type, prefix)
     return anatomy
 
 
@@ -265,9 +288,14 @@ def check_shapes(anatomy: Anatomy, checkpoint: Checkpoint) -> None:
 
 
 def effective_gain(anatomy: Anatomy, checkpoint: Checkpoint, layer: int) -> NDArray[np.float64]:
-    """What the pre-attention norm of a layer multiplies by, float64, shape [hidden size].
+    """What the pre-attention norm of a layer multiplies by, [D] (the g that eq. 4 ranks).
 
-    Raises Unsupported for a norm without parameters.
+    In float64, in which every stored format and 1 + w are exact: in bfloat16 gains would tie that
+    differ in the model.
+
+    Raises:
+        Unsupported: for a norm without parameters.
+        BadCheckpoint: for a gain that is not finite.
     """
     anatomy.require_selection("weight")
     name = anatomy.at(layer).gain

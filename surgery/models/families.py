@@ -18,8 +18,11 @@ _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 class Mixer:
     """One of several attention modules that the layers of a family may have.
 
-    attention, readers: as in `Family`. last: name of a field of the configuration; the mixer
-    belongs to that many last layers alone.
+    Attributes:
+        attention: as in `Family`.
+        readers: as in `Family`.
+        last: name of a field of the configuration; the mixer belongs to that many last layers
+            alone. Empty: to any layer.
     """
 
     attention: str
@@ -31,8 +34,10 @@ class Mixer:
 class Case:
     """What differs from a family's row where its configuration says so.
 
-    when: fields of the configuration, each with the value it must have and the value that
-    transformers takes when the field is missing. change: fields of `Family`.
+    Attributes:
+        when: fields of the configuration, each with the value it must have and the value that
+            transformers takes when the field is missing.
+        change: fields of `Family`.
     """
 
     when: tuple[tuple[str, Any, Any], ...]
@@ -52,16 +57,24 @@ class Case:
 class Family:
     """One layout of decoder layers.
 
-    layers: module path of the list of decoder layers. norm: the pre-attention norm, relative to
-    a layer. attention: the attention module. readers: the linears that read the attention input.
-    mixers: what stands in place of attention and readers in some layers; a layer has the first of
-    all these whose tensors the checkpoint holds. hybrid: layers without any of them are legal,
-    and have no attention. norm_kind: for people. null_gain: the stored gain that means zero (-1 in
-    unit-offset norms, which multiply by 1 + w). has_gain: whether the norm has parameters at all.
-    transposed: readers are Conv1D, stored [in, out]. shared_norm: who else reads the norm's
-    output; empty when it feeds attention alone. refusal: why no fold is possible at all. cases:
-    the first that holds changes the row. lasts: whether a massive activation can stay in the
-    residual stream, so that there is an emergence to locate.
+    Attributes:
+        model_types: the configurations that have it.
+        layers: module path of the list of decoder layers.
+        norm: the pre-attention norm, relative to a layer.
+        attention: the attention module, relative to a layer.
+        readers: the linears that read the attention input, relative to a layer.
+        mixers: what stands in place of attention and readers in some layers; a layer has the first
+            of all these whose tensors the checkpoint holds.
+        hybrid: layers without any of them are legal, and have no attention.
+        norm_kind: for people.
+        null_gain: the stored gain that means zero (-1 in norms that multiply by 1 + w).
+        has_gain: whether the norm has parameters at all.
+        transposed: readers are Conv1D, stored [in, out].
+        shared_norm: who else reads the norm's output; empty when it feeds attention alone.
+        refusal: why no fold is possible at all.
+        cases: the first that holds changes the row.
+        lasts: whether a massive activation can stay in the residual stream, so that there is an
+            emergence to locate.
     """
 
     model_types: tuple[str, ...]
@@ -112,44 +125,15 @@ _UNIT_OFFSET: dict[str, Any] = {"norm_kind": "RMS, 1 + w", "null_gain": -1.0}
 _LATENT = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa")
 _LATENT_DIRECT = Mixer("self_attn", ("self_attn.q_proj", "self_attn.kv_a_proj_with_mqa"))
 
+_LLAMA_LIKE = (
+    "llama mistral ministral ministral3 qwen2 qwen2_moe qwen3 qwen3_moe mixtral granite "
+    "granitemoe granitemoeshared glm glm4 glm4_moe smollm3 gpt_oss llama4_text olmoe "
+    "seed_oss ernie4_5 ernie4_5_moe hunyuan_v1_dense hunyuan_v1_moe minimax_m2 helium "
+    "arcee exaone_moe dots1 qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text"
+)
+
 FAMILIES: tuple[Family, ...] = (
-    Family(
-        (
-            "llama",
-            "mistral",
-            "ministral",
-            "ministral3",
-            "qwen2",
-            "qwen2_moe",
-            "qwen3",
-            "qwen3_moe",
-            "mixtral",
-            "granite",
-            "granitemoe",
-            "granitemoeshared",
-            "glm",
-            "glm4",
-            "glm4_moe",
-            "smollm3",
-            "gpt_oss",
-            "llama4_text",
-            "olmoe",
-            "seed_oss",
-            "ernie4_5",
-            "ernie4_5_moe",
-            "hunyuan_v1_dense",
-            "hunyuan_v1_moe",
-            "minimax_m2",
-            "helium",
-            "arcee",
-            "exaone_moe",
-            "dots1",
-            "qwen2_vl_text",
-            "qwen2_5_vl_text",
-            "qwen3_vl_text",
-            "qwen3_vl_moe_text",
-        ),
-    ),
+    Family(tuple(_LLAMA_LIKE.split())),
     Family(("apertus",), norm="attention_layernorm"),
     Family(("gemma", "gemma2", "gemma3_text", "vaultgemma"), **_UNIT_OFFSET),
     Family(
@@ -355,13 +339,23 @@ MULTIMODAL: Mapping[str, str] = {
 class Row:
     """One kind of decoder, what is possible in it, and how that was tested.
 
-    when: the case of its configuration, or "". norm: where it lies in a layer, and its kind.
-    readers: what reads it, by attention module. skipped: whether layers without attention are
-    passed over. folds: those that are legal. refusal: why the others, or all, are not.
-    select: the selections that are possible. located: whether a planted massive activation was
-    found at its layer. bit_equal: folds whose written checkpoint, loaded by transformers, gave the
-    logits of the hook to the bit. near: folds that did at the sink token, and came closer to the
-    paper's mask than masking every token does. inside: multimodal models it was tested in.
+    Attributes:
+        family: its model type.
+        when: the case of its configuration, or "".
+        layers: module path of the list of decoder layers.
+        norm: where the pre-attention norm lies in a layer.
+        norm_kind: for people.
+        readers: what reads the norm's output, by attention module.
+        skipped: whether layers without attention are passed over.
+        folds: those that are legal.
+        refusal: why the others, or all, are not.
+        select: the selections that are possible.
+        located: whether a planted massive activation was found at its layer.
+        bit_equal: folds whose written checkpoint, loaded by transformers, gave the logits of the
+            hook to the bit.
+        near: folds that did at the sink token, and came closer to the paper's mask than masking
+            every token does.
+        inside: multimodal models it was tested in.
     """
 
     family: str

@@ -7,14 +7,19 @@ weights equals it: a gated model needs this module to run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from surgery.errors import Unsupported
-from surgery.models.masking import attention_modules
+from surgery.models.discovery import decoder_of
+from surgery.models.masking import unwrapped
+from surgery.models.observe import hooked, reading
+
+logger = logging.getLogger(__name__)
 
 GATE = "attention_gate"
 # A gate that starts almost open leaves the pretrained model as it is: σ(4) = 0.982. Trained from
@@ -23,13 +28,17 @@ OPEN = 4.0
 
 
 def add_gates(model: Any) -> list[str]:
-    """Give each attention module of a loaded model a gate; returns their module paths.
+    """Give each attention module of a loaded model a gate.
 
-    Raises Unsupported where attention has no `o_proj`.
+    Returns:
+        The gates' module paths.
+
+    Raises:
+        Unsupported: where attention has no `o_proj`.
     """
     paths = []
     names = {module: name for name, module in model.named_modules()}
-    for attention in attention_modules(model).values():
+    for attention in decoder_of(unwrapped(model)).attention.values():
         projection = getattr(attention, "o_proj", None)
         if not isinstance(projection, torch.nn.Linear):
             raise Unsupported(
@@ -46,6 +55,7 @@ def add_gates(model: Any) -> list[str]:
         torch.nn.init.constant_(gate.bias, OPEN)
         setattr(attention, GATE, gate)
         paths.append(f"{names[attention]}.{GATE}")
+    logger.info("%d attention modules have a gate", len(paths))
     return paths
 
 
@@ -53,29 +63,21 @@ def add_gates(model: Any) -> list[str]:
 def gated(model: Any) -> Iterator[None]:
     """Run the gates of `add_gates` for the time of the block, also inside PEFT and FSDP."""
     handles = []
-    for attention in attention_modules(model).values():
+    for attention in decoder_of(unwrapped(model)).attention.values():
         # What the gate reads lives from the call of attention to its output projection, within
         # one forward pass and again within its recomputation.
         inputs: list[torch.Tensor] = []
-
-        def read(
-            _module: Any, args: tuple, kwargs: dict, inputs: list[torch.Tensor] = inputs
-        ) -> None:
-            inputs[:] = [args[0] if args else kwargs["hidden_states"]]
-
-        def gate(
-            _module: Any,
-            args: tuple,
-            attention: Any = attention,
-            inputs: list[torch.Tensor] = inputs,
-        ) -> tuple:
-            states = inputs.pop()
-            return (args[0] * torch.sigmoid(getattr(attention, GATE)(states)), *args[1:])
-
-        handles.append(attention.register_forward_pre_hook(read, with_kwargs=True))
-        handles.append(attention.o_proj.register_forward_pre_hook(gate))
-    try:
+        projection: Any = attention.o_proj
+        handles.append(reading(attention, inputs.append))
+        handles.append(projection.register_forward_pre_hook(_gate(attention, inputs)))
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _gate(attention: torch.nn.Module, inputs: list[torch.Tensor]) -> Callable[[Any, tuple], tuple]:
+    def hook(_module: Any, args: tuple) -> tuple:
+        open_to = torch.sigmoid(getattr(attention, GATE)(inputs.pop()))
+        inputs.clear()
+        return (args[0] * open_to, *args[1:])
+
+    return hook

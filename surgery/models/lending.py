@@ -1,21 +1,118 @@
-"""A model that need not fit into memory, for any number of forward passes.
+"""A model that need not fit into memory: parts of it get their parameters when they are needed.
 
-Its decoder layers get their matrices when they run and lose them afterwards, so that hooks see the
-model at work as if it were loaded. Every pass reads the layers' bytes again.
+`LentModel` is such a model for any number of forward passes. Its decoder layers get their matrices
+when they run and lose them afterwards, so that hooks see the model at work as if it were loaded;
+every pass reads the layers' bytes again. `surgery.models.stream` reads them once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from surgery.models.observe import decoder_layers
-from surgery.models.stream import LayerStream
+from surgery.files.checkpoint import Checkpoint
+from surgery.models.anatomy import Anatomy
+from surgery.models.discovery import backbone, decoder_layers
+from surgery.models.loading import skeleton
+from surgery.models.stored import StoredParameters
+
+logger = logging.getLogger(__name__)
 
 
-class LentModel(LayerStream):
+class Lender:
+    """A model without parameters, and the means to lend it some."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        anatomy: Anatomy,
+        *,
+        dtype: str = "float32",
+        device: torch.device | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        """Builds the model; reads nothing of it yet.
+
+        Args:
+            checkpoint: on this disk or on the Hub.
+            anatomy: of it.
+            dtype: to compute in.
+            device: to compute on; the CPU where none is given.
+            trust_remote_code: whether code that the checkpoint brings may run.
+
+        Raises:
+            Unsupported: where transformers cannot build the model.
+        """
+        self._checkpoint, self._anatomy = checkpoint, anatomy
+        self._device = device or torch.device("cpu")
+        width: torch.dtype = getattr(torch, dtype)
+        self._model = skeleton(checkpoint, trust_remote_code, dtype=width)
+        self._stored = StoredParameters(checkpoint, self._model, width, self._device)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of weight files read so far."""
+        return self._stored.bytes_read
+
+    def prepare(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Load all of the backbone that is not a decoder layer.
+
+        Of the embedding, whose matrix is often the largest of all, only the rows of the tokens
+        that occur are read.
+
+        Returns:
+            The prompts in the numbers of the loaded rows.
+        """
+        used = sorted({token for prompt in prompts for token in prompt})
+        place = {token: row for row, token in enumerate(used)}
+        embedding: Any = self._model.get_input_embeddings()
+        path = next(name for name, module in self._model.named_modules() if module is embedding)
+        matrix = f"{path}.weight"
+        self._put(matrix, self._stored.rows(matrix, used))
+        embedding.padding_idx = None
+        embedding.num_embeddings = len(used)
+        layers = f"{self._anatomy.layers_path}."
+        base = self._anatomy.layers_path.rpartition(".")[0]
+        self._lend(base, lambda name, _: name != matrix and not name.startswith(layers))
+        for buffer in backbone(self._model, self._anatomy).buffers():
+            buffer.data = buffer.data.to(self._device)
+        logger.debug("%d embedding rows and what lies beside the layers are loaded", len(used))
+        return [[place[token] for token in prompt] for prompt in prompts]
+
+    def _lend(
+        self,
+        path: str,
+        wanted: Callable[[str, torch.nn.Parameter], bool] = lambda _name, _parameter: True,
+    ) -> None:
+        """Give the parameters of a module their stored values."""
+        for name, parameter in self._parameters(path):
+            if wanted(name, parameter):
+                self._put(name, self._stored.values(name, tuple(parameter.shape)))
+
+    def _take_back(self, path: str) -> None:
+        """Free the matrices of a module. Vectors stay: they are small, and hooks look at gains."""
+        for name, parameter in self._parameters(path):
+            if _is_matrix(name, parameter):
+                self._put(name, parameter.to("meta"))
+
+    def _parameters(self, path: str) -> list[tuple[str, torch.nn.Parameter]]:
+        module = self._model.get_submodule(path)
+        return list(module.named_parameters(prefix=path, remove_duplicate=False))
+
+    def _put(self, name: str, values: torch.Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        holder = self._model.get_submodule(owner)
+        holder._parameters[leaf] = torch.nn.Parameter(values, requires_grad=False)
+
+
+def _is_matrix(_name: str, parameter: torch.nn.Parameter) -> bool:
+    return parameter.dim() > 1
+
+
+class LentModel(Lender):
     """The model of a checkpoint, with no more than one decoder layer's matrices in memory."""
 
     def open(self, prompts: Sequence[Sequence[int]]) -> Any:
@@ -25,29 +122,10 @@ class LentModel(LayerStream):
             self.prepare(prompts)
             for index, layer in enumerate(decoder_layers(self._model, self._anatomy)):
                 path = f"{self._anatomy.layers_path}.{index}"
-                # Vectors stay: they are small, and the evidence looks at gains.
-                self._lend(path, matrices=False)
-                layer.register_forward_pre_hook(lambda *_, path=path: self._lend(path))
+                self._lend(path, lambda *parameter: not _is_matrix(*parameter))
+                layer.register_forward_pre_hook(lambda *_, path=path: self._lend(path, _is_matrix))
                 layer.register_forward_hook(lambda *_, path=path: self._take_back(path))
         return self._model
-
-    def _lend(self, path: str, *, matrices: bool = True) -> None:
-        for name, parameter in self._parameters_of(path):
-            if (parameter.dim() > 1) == matrices:
-                self._put(name, self._stored(name, tuple(parameter.shape)))
-
-    def _take_back(self, path: str) -> None:
-        for name, parameter in self._parameters_of(path):
-            if parameter.dim() > 1:
-                self._put(name, parameter.to("meta"))
-
-    def _parameters_of(self, path: str) -> list[tuple[str, torch.nn.Parameter]]:
-        return list(self._model.get_submodule(path).named_parameters(prefix=path))
-
-    def _put(self, name: str, values: torch.Tensor) -> None:
-        owner, _, leaf = name.rpartition(".")
-        holder = self._model.get_submodule(owner)
-        holder._parameters[leaf] = torch.nn.Parameter(values, requires_grad=False)
 
 
 class _Places:

@@ -1,4 +1,7 @@
-"""Loading models and tokenizers through transformers, quietly and on the right device."""
+"""Loading models and tokenizers through transformers, quietly and on the right device.
+
+torch and transformers are imported where they are used, for the sake of the start-up time alone.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,26 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, first_line
-from surgery.files.checkpoint import Origin, open_checkpoint
+from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported, first_line
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
 from surgery.files.text import read_json
 from surgery.models.anatomy import is_multimodal
 
 if TYPE_CHECKING:
     import torch
 
-    from surgery.files.checkpoint import Checkpoint
+logger = logging.getLogger(__name__)
 
 AutoClass = Literal["AutoModelForCausalLM", "AutoModelForImageTextToText"]
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device to analyse on: the given one, else CUDA where it is, else the CPU."""
+    """The device to analyse on: the given one, else CUDA where it is, else the CPU.
+
+    Raises:
+        BadSettings: where the given one cannot compute.
+    """
     import torch
 
     if name is None:
@@ -99,6 +106,38 @@ def on_meta(auto: Any, config: Any, **options: Any) -> Any:
             return auto.from_config(config, **options).to("meta")
 
 
+def skeleton(
+    checkpoint: Checkpoint, trust_remote_code: bool = False, *, dtype: torch.dtype | None = None
+) -> Any:
+    """The model of a checkpoint without its parameters, in evaluation mode.
+
+    Args:
+        checkpoint: whose config.json says what to build.
+        trust_remote_code: whether code that the checkpoint brings may run.
+        dtype: of a model that will be given its parameters and run: its buffers hold values.
+            Without one all lies on the meta device, and attention and experts are eager, because
+            a trace sees what other implementations read as one operation.
+
+    Raises:
+        Unsupported: where transformers cannot build it.
+    """
+    refuse_remote_code(checkpoint.folder, trust_remote_code)
+    from transformers import AutoConfig
+
+    logger.debug("building %s without parameters", checkpoint.model_type)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    sentence = f"transformers cannot build {checkpoint.model_type} from config.json"
+    with _explained(Unsupported, sentence):
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, **options)
+        if dtype is not None:
+            with parameters_on_meta():
+                return auto_class(config).from_config(config, dtype=dtype, **options).eval()
+        model = on_meta(auto_class(config), config, attn_implementation="eager", **options)
+        if hasattr(model, "set_experts_implementation"):  # from transformers 5 on
+            model.set_experts_implementation("eager")  # the others want certain dtypes
+    return model.eval()
+
+
 def require_stored(config: Any, stored: int, where: Path, **options: Any) -> None:
     """Raise BadCheckpoint where a configuration describes far more parameters than are stored.
 
@@ -113,16 +152,26 @@ def require_stored(config: Any, stored: int, where: Path, **options: Any) -> Non
         )
 
 
+@contextmanager
+def _explained(kind: type[SurgeryError], sentence: str) -> Iterator[None]:
+    """transformers at work, quietly; what it raises becomes a sentence and its first line."""
+    with quiet():
+        try:
+            yield
+        except SurgeryError:
+            raise
+        except Exception as error:
+            raise kind(f"{sentence}: {first_line(error)}") from error
+
+
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The configuration in a folder; BadCheckpoint when transformers cannot load it."""
     from transformers import AutoConfig
 
-    try:
+    with _explained(BadCheckpoint, f"transformers cannot load {folder}"):
         return AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:
-        raise BadCheckpoint(f"transformers cannot load {folder}: {first_line(error)}") from error
 
 
 def load_model(
@@ -134,27 +183,30 @@ def load_model(
 ) -> Any:
     """The causal LM in a folder, in evaluation mode.
 
-    Raises BadCheckpoint when transformers cannot load it or finds weights missing.
+    Args:
+        folder: of a checkpoint.
+        dtype: of its parameters, one of `DTYPES`.
+        device: where it goes; without one it stays where transformers puts it.
+        trust_remote_code: whether code that the checkpoint brings may run.
+
+    Raises:
+        BadCheckpoint: where transformers cannot load it or finds weights missing.
+        BadSettings: where it brings code that is not trusted.
     """
     import torch
 
     refuse_remote_code(folder, trust_remote_code)
-    with quiet():
+    logger.info("loading %s in %s on %s", folder, dtype, device or "the CPU")
+    with _explained(BadCheckpoint, f"transformers cannot load {folder}"):
         config = load_config(folder, trust_remote_code=trust_remote_code)
-        try:
-            require_stored(config, _stored(folder), folder, trust_remote_code=trust_remote_code)
-            model, info = auto_class(config).from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                local_files_only=True,
-            )
-        except SurgeryError:
-            raise
-        except Exception as error:
-            first = first_line(error)
-            raise BadCheckpoint(f"transformers cannot load {folder}: {first}") from error
+        require_stored(config, _stored(folder), folder, trust_remote_code=trust_remote_code)
+        model, info = auto_class(config).from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            local_files_only=True,
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         raise BadCheckpoint(f"{folder} lacks weights the model needs, such as {missing[0]}.")
@@ -193,8 +245,7 @@ def auto_class_name(checkpoint: Checkpoint, *, trust_remote_code: bool = False) 
     # Importing transformers takes longer than converting a small model of text.
     if "auto_map" in config or not (is_multimodal(config) or conditional):
         return "AutoModelForCausalLM"
-    with quiet():
-        found = auto_class(load_config(checkpoint.folder, trust_remote_code=trust_remote_code))
+    found = auto_class(load_config(checkpoint.folder, trust_remote_code=trust_remote_code))
     if found.__name__ == "AutoModelForCausalLM":
         return "AutoModelForCausalLM"
     return "AutoModelForImageTextToText"
@@ -222,14 +273,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with quiet():
-        try:
-            return AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
-        except Exception as error:
-            first = first_line(error)
-            raise BadCheckpoint(f"The tokenizer in {folder} cannot be loaded: {first}") from error
+    with _explained(BadCheckpoint, f"The tokenizer in {folder} cannot be loaded"):
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
 
 
 def require_finite(model: Any) -> None:

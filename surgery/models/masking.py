@@ -10,18 +10,22 @@ model of transformers as it is, inside PEFT, and inside DistributedDataParallel,
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from surgery.errors import BadSettings, Unsupported
 from surgery.method.mask import TOKENS, Mask, attention_targets, largest, mask_size
+from surgery.models.anatomy import Anatomy
+from surgery.models.discovery import Decoder, decoder_of
 from surgery.models.families import family_of
+from surgery.models.observe import attention_input, hooked
 
-if TYPE_CHECKING:
-    from surgery.models.anatomy import Anatomy
+logger = logging.getLogger(__name__)
 
 KEYWORD = "wemask_positions"
 
@@ -41,30 +45,34 @@ def wemask(
 ) -> Iterator[None]:
     """Mask the attention input of the target layers for the time of the block (eq. 5).
 
-    tokens: "first" masks the first real token of each sequence, once, at prefill, under left or
-    right padding, packing, or a cache: the paper's method. "every" masks every token: what the
-    `norm` and `qkv` folds do. anatomy: where attention lies, for families the table does not know
-    (`surgery.analyze` finds it by tracing). watch: sees each attention input before it is edited.
-
     Enter the block before a trainer is constructed and leave it after the last evaluation, so that
     reference log-probabilities and first evaluations are masked too. vLLM runs no hooks; fold
     before generating with it. Gradients flow as if x had been multiplied by 1 - γ in S.
 
-    Raises BadSettings for a mask that does not fit the model, and Unsupported for a model that is
-    already compiled, one whose attention cannot be found, and, in the first forward pass, one
-    whose layers do not hand the mask on.
+    Args:
+        model: a causal language model of transformers, also wrapped.
+        mask: S of each target layer, and γ.
+        tokens: "first" masks the first real token of each sequence, once, at prefill, under left
+            or right padding, packing, or a cache: the paper's method. "every" masks every token:
+            what the `norm` and `qkv` folds do.
+        anatomy: where attention lies, for families that the table does not know
+            (`surgery.analyze` finds it by tracing).
+        watch: sees each attention input before it is edited.
+
+    Raises:
+        BadSettings: for a mask that does not fit the model.
+        Unsupported: for a model that is already compiled, one whose attention cannot be found,
+            and, in the first forward pass, one whose layers do not hand the mask on.
     """
     if tokens not in TOKENS:
         raise BadSettings(f"tokens must be one of {', '.join(TOKENS)}; not {tokens!r}.")
     refuse_compiled(model)
     network = unwrapped(model)
-    decoder, attention = _modules(network, anatomy)
-    _check(mask, network, attention)
-    if any(getattr(hook, "wemask", False) for hook in decoder._forward_pre_hooks.values()):
-        raise BadSettings("This model is under wemask already; leave that block first.")
+    found = decoder_of(network, anatomy)
+    _check(mask, network, found)
     reached: set[int] = set()
     held: list[torch.Tensor] = []
-    takes_keywords = _takes_keywords(decoder)
+    takes_keywords = _takes_keywords(found.module)
 
     def begin(_module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         held[:] = [first_real_token(args, kwargs)]
@@ -79,16 +87,28 @@ def wemask(
             )
 
     begin.wemask = True  # type: ignore[attr-defined]
-    handles = [decoder.register_forward_pre_hook(begin, with_kwargs=True)]
-    for layer, module in attention.items():
+    handles = [found.module.register_forward_pre_hook(begin, with_kwargs=True)]
+    for layer, module in found.attention.items():
         edit = _edit(mask, layer, tokens, reached, held, watch)
         handles.append(module.register_forward_pre_hook(edit, with_kwargs=True))
-    handles.append(decoder.register_forward_hook(confirm))
-    try:
+    handles.append(found.module.register_forward_hook(confirm))
+    logger.info("masking %s in layers %s", tokens, ", ".join(map(str, mask.layers)))
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def masked(
+    model: Any, anatomy: Anatomy, mask: Mask, tokens: str = "first"
+) -> AbstractContextManager[None]:
+    """`wemask` with the anatomy of a checkpoint: the reference that every fold is held against.
+
+    Args:
+        model: the loaded checkpoint.
+        anatomy: where its attention lies.
+        mask: S of each target layer, and γ.
+        tokens: "first" or "every", as `wemask` takes it; "all" is an older word for "every".
+    """
+    return wemask(model, mask, "every" if tokens == "all" else tokens, anatomy=anatomy)
 
 
 def _takes_keywords(module: Any) -> bool:
@@ -139,34 +159,36 @@ def weight_mask(
 ) -> Mask:
     """The paper's mask of a loaded model: the largest norm gains of each target layer (eq. 4).
 
-    emergence_layer: the ME Layer m, from 0, as `surgery.analyze` finds it. scope: "first" masks
-    layer m + 1, "all" every later layer (what the paper trains under). Call it before the model is
-    sharded. Raises BadSettings where nothing can be masked, Unsupported for an unknown family.
+    Call it before the model is sharded.
+
+    Args:
+        model: a causal language model of transformers, also wrapped.
+        emergence_layer: the ME Layer m, from 0, as `surgery.analyze` finds it.
+        rate: share of the hidden size that is masked.
+        scope: "first" masks layer m + 1, "all" every later layer (what the paper trains under).
+        strength: γ in x[S] *= 1 - γ.
+
+    Raises:
+        BadSettings: where nothing can be masked.
+        Unsupported: for a family that the table does not know, or whose norms have no gain.
     """
     network = unwrapped(model)
     config = network.config.get_text_config()
-    family = family_of(config.to_dict())
-    _, layers = _decoder_layers(network)
+    decoder, family = decoder_of(network), family_of(config.to_dict())
     if family is None or not family.has_gain:
         raise Unsupported(f"{config.model_type} has no norm before attention to rank by.")
-    attends = [_attention_of(layer, family) is not None for layer in layers]
+    attends = [layer in decoder.attention for layer in range(len(decoder.layers))]
     size = mask_size(rate, config.hidden_size)
     chosen = {}
     for layer in attention_targets(emergence_layer, attends, scope):
-        gain = layers[layer].get_submodule(family.norm).weight.detach().double().cpu().numpy()
+        weight: Any = decoder.layers[layer].get_submodule(family.norm).weight
+        gain = weight.detach().double().cpu().numpy()
         chosen[layer] = largest(gain - family.null_gain, size)
     return Mask(config.hidden_size, "weight", strength, chosen)
 
 
-def attention_modules(model: Any) -> dict[int, Any]:
-    """The attention modules of a model, also wrapped, by layer; see `wemask`."""
-    return _modules(unwrapped(model), None)[1]
-
-
 def unwrapped(model: Any) -> Any:
     """The transformers model inside PEFT, DistributedDataParallel or FSDP."""
-    from torch.nn.parallel import DistributedDataParallel
-
     while True:
         if isinstance(model, DistributedDataParallel):
             model = model.module
@@ -188,57 +210,9 @@ def refuse_compiled(model: Any) -> None:
             )
 
 
-def _modules(network: Any, anatomy: Anatomy | None) -> tuple[Any, dict[int, Any]]:
-    """The module that owns the decoder layers, and attention by layer."""
-    if anatomy is not None:
-        decoder = network.get_submodule(anatomy.layers_path.rpartition(".")[0])
-        return decoder, {
-            found.layer: network.get_submodule(found.attention)
-            for found in anatomy.inputs
-            if found is not None
-        }
-    decoder, layers = _decoder_layers(network)
-    family = family_of(network.config.get_text_config().to_dict())
-    assert family is not None
-    found = {layer: _attention_of(module, family) for layer, module in enumerate(layers)}
-    return decoder, {layer: module for layer, module in found.items() if module is not None}
-
-
-def _decoder_layers(network: Any) -> tuple[Any, Any]:
-    config = network.config.get_text_config()
-    family = family_of(config.to_dict())
-    if family is None or family.refusal:
-        reason = family.refusal if family is not None else "the table of families lacks it"
-        raise Unsupported(f"{config.model_type} cannot be masked: {reason}.")
-    last = family.layers.rpartition(".")[2]
-    places = [
-        (name, module)
-        for name, module in network.named_modules()
-        if isinstance(module, torch.nn.ModuleList)
-        and name.rpartition(".")[2] == last
-        and len(module) == config.num_hidden_layers
-        and any(_attention_of(layer, family) is not None for layer in module)
-    ]
-    if len(places) != 1:
-        raise Unsupported(
-            f"{config.model_type} has its decoder layers at {len(places)} places, not one; give "
-            "wemask the anatomy that surgery.analyze finds."
-        )
-    name, layers = places[0]
-    return network.get_submodule(name.rpartition(".")[0]), layers
-
-
-def _attention_of(layer: Any, family: Any) -> Any:
-    for mixer in family.all_mixers:
-        try:
-            return layer.get_submodule(mixer.attention)
-        except AttributeError:
-            continue
-    return None
-
-
-def _check(mask: Mask, network: Any, attention: dict[int, Any]) -> None:
-    lacking = set(mask.layers) - set(attention)
+def _check(mask: Mask, network: Any, decoder: Decoder) -> None:
+    """Raise BadSettings for a mask that does not fit the model, or a model that has one already."""
+    lacking = set(mask.layers) - set(decoder.attention)
     if lacking:
         raise BadSettings(f"The mask names layer {min(lacking)}, which has no attention to mask.")
     config = network.config.get_text_config()
@@ -248,6 +222,8 @@ def _check(mask: Mask, network: Any, attention: dict[int, Any]) -> None:
         raise BadSettings(
             f"The mask is for a hidden size of {mask.hidden_size}; the model has {width}."
         )
+    if any(getattr(hook, "wemask", False) for hook in decoder.module._forward_pre_hooks.values()):
+        raise BadSettings("This model is under wemask already; leave that block first.")
 
 
 def _edit(
@@ -273,7 +249,7 @@ def _edit(
         if not chosen or (positions is None and tokens == "first"):
             return args, kwargs
         reached.add(layer)
-        states = args[0] if args else kwargs["hidden_states"]
+        states = attention_input(args, kwargs)
         if watch is not None:
             watch(layer, states, positions)
         factor = factors.get((states.device, states.dtype))
@@ -282,6 +258,7 @@ def _edit(
                 factor = torch.ones(states.shape[-1], device=states.device, dtype=states.dtype)
                 factor[chosen] = 1.0 - mask.strength
             factors[(states.device, states.dtype)] = factor
+        # A product, not an assignment: it has a gradient, and 0 · x is what the folds compute.
         edited = states * factor
         if tokens == "first":
             edited = torch.where(positions.unsqueeze(-1), edited, states)

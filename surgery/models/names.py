@@ -8,11 +8,14 @@ further layers that no modelling code reads, and these must stay what they are.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 # Where checkpoints keep the decoder layers of a text model that lies inside another model.
 _TEXT_LAYERS = (
@@ -27,8 +30,13 @@ _TEXT_LAYERS = (
 def layers_prefix(checkpoint: Checkpoint, layers: str, probe: str) -> str:
     """How the checkpoint spells the path of the decoder layers, from its headers alone.
 
-    layers: the module path. probe: a tensor that layer 0 must have, relative to the layer. Raises
-    BadCheckpoint where it is missing or two places would do.
+    Args:
+        checkpoint: whose headers are looked at.
+        layers: the module path.
+        probe: a tensor that layer 0 must have, relative to the layer.
+
+    Raises:
+        BadCheckpoint: where the tensor is missing or two places would do.
     """
     candidates = [layers, layers.split(".", 1)[-1]]
     if layers.endswith(".layers"):
@@ -61,6 +69,7 @@ class StoredNames:
         for stored, (name, _) in renamed.items():
             self._made_from.setdefault(name, []).append(stored)
         self._converted = {name for name, converted in renamed.values() if converted}
+        logger.debug("%d stored tensors make %d parameters", len(renamed), len(self._made_from))
 
     def __contains__(self, name: str) -> bool:
         return name in self._made_from
@@ -68,11 +77,11 @@ class StoredNames:
     def of(self, name: str) -> str:
         """The stored tensor that becomes this parameter, as it is and it alone.
 
-        Raises BadCheckpoint where there is none, Unsupported where it is computed from others.
+        Raises:
+            BadCheckpoint: where there is none.
+            Unsupported: where the parameter is computed from others.
         """
-        stored = self._made_from.get(name)
-        if stored is None:
-            raise BadCheckpoint(f"The checkpoint lacks {name}, which config.json implies.")
+        stored = self.sources(name)
         if len(stored) > 1 or name in self._converted:
             raise Unsupported(
                 f"{self._model_type} cannot be converted: transformers computes {name} from "
@@ -83,7 +92,8 @@ class StoredNames:
     def sources(self, name: str) -> list[str]:
         """The stored tensors that this parameter is made from, at least one.
 
-        Raises BadCheckpoint where there is none.
+        Raises:
+            BadCheckpoint: where there is none.
         """
         if name not in self._made_from:
             raise BadCheckpoint(f"The checkpoint lacks {name}, which config.json implies.")

@@ -2,21 +2,20 @@
 
 The configuration is built on the meta device (no memory, no arithmetic) and run once on a few
 tokens; every norm output is followed through operations that keep its columns in place, and every
-consumer is recorded. This checks the table of families, and replaces it for unknown ones.
+consumer is recorded (`surgery.models.dataflow`). What comes out checks the table of families, and
+replaces it for families that the table does not know.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+import logging
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
-from surgery.errors import Unsupported, first_line
+from surgery.errors import Unsupported
 from surgery.files.checkpoint import Checkpoint
 from surgery.models.anatomy import (
     Anatomy,
@@ -27,180 +26,37 @@ from surgery.models.anatomy import (
     text_config,
     width_of,
 )
+from surgery.models.dataflow import Consumer, Flow, follow
+from surgery.models.discovery import attention_names, find_layers
 from surgery.models.families import NO_GAIN
-from surgery.models.loading import auto_class, on_meta, quiet
+from surgery.models.loading import skeleton
 from surgery.models.names import StoredNames
 
-# Length of the traced prompt.
-TOKENS = 4
-# Operations whose result holds the same columns in the same places, zeros still zero.
-_TRANSPARENT = {
-    "view",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "squeeze",
-    "unsqueeze",
-    "contiguous",
-    "clone",
-    "detach",
-    "to",
-    "type",
-    "type_as",
-    "float",
-    "half",
-    "bfloat16",
-    "dropout",
-    "dropout_",
-    "expand",
-    "__get__",
-}
-_TENSOR: Any = torch.Tensor  # the type of its properties is not what mypy thinks
-_TRANSPOSE = (_TENSOR.T.__get__, _TENSOR.mT.__get__, _TENSOR.t, torch.t)
-# Attributes and bookkeeping that read no values.
-_HARMLESS = {"size", "dim", "is_floating_point", "numel", "stride", "is_contiguous", "__len__"}
-
-
-@dataclass
-class Consumer:
-    """One use of a norm's output.
-
-    module: the innermost module in which it happens; weight: the parameter, for a linear; axis:
-    the weight's axis that runs over the norm's columns; operation: what read it.
-    """
-
-    module: str
-    operation: str
-    weight: str | None = None
-    axis: int = 1
-
-
-@dataclass
-class _Trace(TorchFunctionMode):
-    names: Mapping[int, str]
-    width: int
-    attentions: frozenset[str]
-    transposed: dict[int, str] = field(default_factory=dict)
-    runs: dict[str, int] = field(default_factory=dict)
-    stack: list[str] = field(default_factory=list)
-    origin: dict[int, str] = field(default_factory=dict)
-    consumers: dict[str, list[Consumer]] = field(default_factory=dict)
-    kept: list[Any] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        super().__init__()
-
-    def tag(self, tensor: torch.Tensor, norm: str) -> None:
-        self.kept.append(tensor)  # keeps its id from being reused
-        self.origin[id(tensor)] = norm
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        args = _known_lengths(func, args)
-        result = _without_values(func, args)
-        if result is None:
-            result = func(*args, **kwargs)
-        self._note_transposed(func, args, result)
-        tagged = [t for t in _tensors((*args, *kwargs.values())) if id(t) in self.origin]
-        if tagged:
-            self._use(func, args, result, tagged)
-        return result
-
-    def _note_transposed(self, func: Any, args: tuple, result: Any) -> None:
-        name = self.names.get(id(args[0])) if args else None
-        if name is not None and func in _TRANSPOSE:
-            self.kept.append(result)
-            self.transposed[id(result)] = name
-
-    def in_attention(self, module: str) -> bool:
-        """Whether a module is an attention module of a decoder layer, or part of one."""
-        return any(module == one or module.startswith(f"{one}.") for one in self.attentions)
-
-    def _use(self, func: Any, args: tuple, result: Any, tagged: list[torch.Tensor]) -> None:
-        name = getattr(func, "__name__", str(func))
-        norm = self.origin[id(tagged[0])]
-        if not any(isinstance(part, torch.Tensor) for part in _flat(result)) or name in _HARMLESS:
-            return
-        if isinstance(result, torch.Tensor) and result is tagged[0]:
-            return
-        if (name in _TRANSPARENT or _is_scaling(name, args)) and result.shape[-1:] == (self.width,):
-            self.tag(result, norm)
-            return
-        module = self.stack[-1] if self.stack else ""
-        weight, axis = self._linear(name, args, tagged[0])
-        self.consumers.setdefault(norm, []).append(Consumer(module, name, weight, axis))
-
-    def _linear(self, name: str, args: tuple, x: torch.Tensor) -> tuple[str | None, int]:
-        if name == "linear" and args[0] is x:
-            return self.names.get(id(args[1])), 1
-        if name == "addmm" and args[1] is x:
-            return self.names.get(id(args[2])), 0
-        if name in ("matmul", "__matmul__") and args[0] is x:
-            transposed = self.transposed.get(id(args[1]))
-            return (transposed, 1) if transposed else (self.names.get(id(args[1])), 0)
-        return None, 1
-
-
-def _is_scaling(name: str, args: tuple) -> bool:
-    """Whether an operation multiplies a tensor by a plain number."""
-    return name in ("mul", "__mul__", "__rmul__") and any(
-        isinstance(factor, int | float) for factor in args
-    )
-
-
-def _without_values(func: Any, args: tuple) -> Any:
-    """What operations give that ask for values, which a trace has none of; None for all others.
-
-    Conditions hold: they ask whether the mask is all ones, as it is. Nothing is nonzero: no expert
-    is routed to, and what comes after the experts goes on.
-    """
-    x = args[0] if args else None
-    if not isinstance(x, torch.Tensor) or x.device.type != "meta":
-        return None
-    if func is torch.Tensor.__bool__:
-        return True
-    if func in (torch.Tensor.nonzero, torch.nonzero):
-        return torch.empty(0, x.dim(), dtype=torch.long, device="meta")
-    return None
-
-
-def _known_lengths(func: Any, args: tuple) -> tuple:
-    """Sizes of a new tensor that are computed from positions, which have no values here."""
-    if func not in (torch.full, torch.arange) or not args:
-        return args
-
-    def known(length: Any) -> Any:
-        return TOKENS if isinstance(length, torch.Tensor) else length
-
-    size = [known(one) for one in args[0]] if func is torch.full else known(args[0])
-    return (size, *args[1:])
-
-
-def _flat(value: Any) -> list[Any]:
-    if isinstance(value, list | tuple):
-        return [item for part in value for item in _flat(part)]
-    return [value]
-
-
-def _tensors(values: tuple) -> list[torch.Tensor]:
-    return [item for item in _flat(list(values)) if isinstance(item, torch.Tensor)]
+logger = logging.getLogger(__name__)
 
 
 def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Anatomy:
     """The anatomy of a checkpoint's architecture, from one forward pass on the meta device.
 
-    Raises Unsupported, naming the consumer at fault, where attention has no normed input that
-    could be masked.
+    Args:
+        checkpoint: whose config.json and headers are read, and nothing else.
+        trust_remote_code: whether code that the checkpoint brings may run.
+
+    Raises:
+        Unsupported: where attention has no normed input that could be masked, naming the consumer
+            at fault.
+        BadCheckpoint: where the checkpoint lacks a tensor or holds it in another shape.
     """
     check_depth(checkpoint)
-    model = _skeleton(checkpoint, trust_remote_code)
+    model = skeleton(checkpoint, trust_remote_code)
     config = checkpoint.config
     model_type = str(text_config(config).get("model_type", checkpoint.model_type))
-    layers_path, layers = _decoder_layers(model, depth_of(config))
-    traced = _run(model, layers_path, width_of(config))
-    finder = _Finder(model_type, traced, StoredNames(checkpoint, model))
+    logger.info("tracing %s on the meta device", model_type)
+    layers_path, layers = find_layers(
+        model, depth_of(config), lambda layer: bool(attention_names(layer))
+    )
+    flow = follow(model, layers_path, width_of(config))
+    finder = _Finder(model_type, flow, StoredNames(checkpoint, model))
     found = [
         finder.input_at(f"{layers_path}.{index}", index, layer)
         for index, layer in enumerate(layers)
@@ -228,191 +84,16 @@ def trace(checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> Anatomy
     return anatomy
 
 
-def _skeleton(checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
-
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(
-                checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
-            model = on_meta(
-                auto_class(config),
-                config,
-                attn_implementation="eager",
-                trust_remote_code=trust_remote_code,
-            )
-            if hasattr(model, "set_experts_implementation"):  # from transformers 5 on
-                model.set_experts_implementation("eager")  # the others want certain dtypes
-        except Exception as error:
-            first = first_line(error)
-            raise Unsupported(
-                f"transformers cannot build {checkpoint.model_type} from config.json: {first}"
-            ) from error
-    return model.eval()
-
-
-def _decoder_layers(model: Any, depth: int) -> tuple[str, list[torch.nn.Module]]:
-    """The text decoder's layers: the list that lies beside the token embedding.
-
-    Where the embedding lies elsewhere, the one list of the right length with attention in it.
-    """
-    embedding = model.get_input_embeddings()
-    found = []
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.ModuleList) or len(module) != depth:
-            continue
-        if any(_attention_names(layer) for layer in module):
-            owner = model.get_submodule(name.rpartition(".")[0])
-            beside = any(child is embedding for child in owner.children())
-            found.append((beside, name, list(module)))
-    chosen = [one for one in found if one[0]] or found
-    if len(chosen) != 1:
-        raise Unsupported(
-            f"{type(model).__name__} has {len(chosen)} lists of {depth} decoder layers "
-            "with attention, expected one."
-        )
-    return chosen[0][1:]
-
-
-def _attention_names(layer: torch.nn.Module) -> list[str]:
-    """Which children of a layer are attention, by their own name or their class's."""
-    return [
-        name
-        for name, child in layer.named_children()
-        if ("attn" in name or "attention" in f"{name} {type(child).__name__}".lower())
-        and not _is_norm(name, child)
-    ]
-
-
-def _is_norm(name: str, module: torch.nn.Module) -> bool:
-    kind = type(module).__name__.lower()
-    return "norm" in kind or (name.startswith("ln_") and "norm" in kind)
-
-
-def _run(model: Any, layers_path: str, width: int) -> _Trace:
-    """One forward pass under the trace.
-
-    What a layer gives whose routing to experts fails must have the form that the model expects:
-    the states alone or, in transformers 4, in a tuple.
-    """
-    error: Exception | None = None
-    for in_tuple in (False, True):
-        try:
-            return _run_once(model, layers_path, width, in_tuple)
-        except Exception as failure:
-            error = error or failure
-    assert error is not None
-    first = first_line(error)
-    raise Unsupported(f"Tracing {type(model).__name__} failed: {first}") from error
-
-
-def _run_once(model: Any, layers_path: str, width: int, in_tuple: bool) -> _Trace:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    layers = list(model.get_submodule(layers_path))
-    attentions = frozenset(
-        f"{layers_path}.{index}.{name}"
-        for index, layer in enumerate(layers)
-        for name in _attention_names(layer)
-    )
-    traced = _Trace(names, width, attentions)
-    handles = []
-    for index, layer in enumerate(layers):
-        handles += _survive_routing(traced, layer, f"{layers_path}.{index}", in_tuple)
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(_push(traced, name)))
-        parent = name.rpartition(".")[0]
-        if parent.startswith(f"{layers_path}.") and _is_norm(name.rpartition(".")[2], module):
-            handles.append(module.register_forward_hook(_mark(traced, name)))
-        handles.append(module.register_forward_hook(_pop(traced)))
-    try:
-        with torch.inference_mode(), quiet(), _autocast_on_meta(), traced:
-            # With a mask given, transformers looks for no packed sequences, which needs values.
-            ones = torch.ones(1, TOKENS, dtype=torch.long, device="meta")
-            model(input_ids=ones, attention_mask=ones, use_cache=False)
-    finally:
-        for layer in layers:
-            layer.__dict__.pop("forward", None)
-        for handle in handles:
-            handle.remove()
-    return traced
-
-
-def _survive_routing(
-    traced: _Trace, layer: torch.nn.Module, path: str, in_tuple: bool
-) -> list[Any]:
-    """Let the trace go on where routing to experts fails, because it depends on values.
-
-    By then attention has run; what enters a module beside attention counts as read by it.
-    """
-    forward, depth = layer.forward, path.count(".") + 1
-
-    def run(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return forward(hidden_states, *args, **kwargs)
-        except Exception:
-            failed = next((name for name in traced.stack if name.count(".") >= depth), path)
-            if traced.in_attention(failed) or failed == path:
-                raise
-            del traced.stack[traced.stack.index(path) + 1 :]
-            return (hidden_states,) if in_tuple else hidden_states
-
-    layer.forward = run
-    return [
-        child.register_forward_pre_hook(_enter(traced, f"{path}.{name}"), with_kwargs=True)
-        for name, child in layer.named_children()
-        if not traced.in_attention(f"{path}.{name}")
-    ]
-
-
-def _enter(traced: _Trace, name: str) -> Any:
-    def enter(_module: Any, args: tuple, kwargs: dict) -> None:
-        for tensor in _tensors((*args, *kwargs.values())):
-            norm = traced.origin.get(id(tensor))
-            if norm is not None:
-                traced.consumers.setdefault(norm, []).append(Consumer(name, "call"))
-
-    return enter
-
-
-@contextmanager
-def _autocast_on_meta() -> Iterator[None]:
-    """torch.autocast does nothing on the meta device; transformers 4 calls it there, and fails."""
-    autocast = torch.autocast
-
-    def either(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        return nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
-
-    torch.autocast = either  # type: ignore[assignment, misc]
-    try:
-        yield
-    finally:
-        torch.autocast = autocast  # type: ignore[misc]
-
-
-def _push(traced: _Trace, name: str) -> Any:
-    return lambda _module, _args: traced.stack.append(name)
-
-
-def _pop(traced: _Trace) -> Any:
-    def pop(_module: Any, _args: Any, _result: Any) -> None:
-        traced.stack.pop()
-
-    return pop
-
-
-def _mark(traced: _Trace, name: str) -> Any:
-    def mark(_module: Any, _args: Any, result: Any) -> None:
-        traced.runs[name] = traced.runs.get(name, 0) + 1
-        if isinstance(result, torch.Tensor):
-            traced.tag(result, name)
-
-    return mark
-
-
 @dataclass(frozen=True)
 class _Found:
-    """The attention input of one layer, the axis of its readers, and what its norm allows."""
+    """The attention input of one layer, and what must be the same in all layers.
+
+    Attributes:
+        input: norm, attention and readers.
+        axis: of the readers' weights, over the attention input.
+        null_gain: the stored gain that multiplies by zero.
+        norm_refusal: why the `norm` fold is not possible; empty where it is.
+    """
 
     input: AttentionInput
     axis: int
@@ -425,13 +106,13 @@ class _Finder:
     """Reads a finished trace, layer by layer."""
 
     model_type: str
-    traced: _Trace
+    flow: Flow
     stored: StoredNames
 
     def input_at(self, path: str, index: int, layer: torch.nn.Module) -> _Found | None:
         """The attention input of a layer; None where no norm of the layer feeds attention."""
-        for norm, consumers in self.traced.consumers.items():
-            inside = [c for c in consumers if self.traced.in_attention(c.module)]
+        for norm, consumers in self.flow.consumers.items():
+            inside = [c for c in consumers if self.flow.in_attention(c.module)]
             if inside and norm.rpartition(".")[0] == path:
                 outside = [c for c in consumers if c not in inside]
                 return self._found(path, index, layer, norm, inside, outside)
@@ -488,7 +169,7 @@ class _Finder:
                 f"{self.model_type} cannot be converted: the weights that read the attention input "
                 f"of {path} run over it along different axes."
             )
-        if self.traced.runs[norm] > 1:
+        if self.flow.runs[norm] > 1:
             raise Unsupported(
                 f"{self.model_type} cannot be converted: {path} runs several times for each token, "
                 "so no edit reaches one run alone."
@@ -503,7 +184,10 @@ def _who(consumer: Consumer, path: str) -> str:
 
 
 def _null_gain(norm: torch.nn.Module) -> float:
-    """The stored gain with which a norm gives exactly 0, found by trying 0 and -1."""
+    """The stored gain with which a norm gives exactly 0, found by trying 0 and -1.
+
+    Tried on a norm of its own, with every other parameter zero: a bias would hide the zero.
+    """
     probe: Any = copy.deepcopy(norm).to_empty(device="cpu")
     weight = probe.weight
     x = torch.randn(1, 3, weight.shape[-1], generator=torch.Generator().manual_seed(0))
@@ -520,8 +204,14 @@ def _null_gain(norm: torch.nn.Module) -> float:
 def confirm(described: Anatomy | None, traced: Anatomy, *, multimodal: bool = False) -> Anatomy:
     """The anatomy that the table and the trace agree on.
 
-    multimodal: where in the model the decoder layers lie is the trace's to say.
-    Raises Unsupported where they disagree: the table is out of date for this transformers.
+    Args:
+        described: by the table; None where the table does not know the family.
+        traced: by running the model.
+        multimodal: whether the decoder is part of another model: where the decoder layers lie is
+            then the trace's to say.
+
+    Raises:
+        Unsupported: where the two disagree: the table is out of date for this transformers.
     """
     if described is None:
         return traced

@@ -29,20 +29,18 @@ def find_emergence(patient: Patient) -> Emergence:
 
 def stream_model(patient: Patient, *, all_layers: bool = False) -> Streamed:
     """Locate the ME Layer without loading the model whole."""
-    from surgery.models.stream import stream_emergence  # imports torch
+    from surgery.models.stream import LayerStream  # imports torch
 
+    stream = LayerStream(
+        patient.plain,
+        patient.anatomy,
+        dtype=patient.loading.dtype,
+        device=patient.device,
+        trust_remote_code=patient.loading.trust_remote_code,
+    )
     prompts = [prompt.tokens for prompt in patient.prompts()]
     with patient.reporter.bar("Streaming layers", patient.anatomy.depth) as advance:
-        return stream_emergence(
-            patient.plain,
-            patient.anatomy,
-            prompts,
-            dtype=patient.loading.dtype,
-            device=patient.device,
-            all_layers=all_layers,
-            trust_remote_code=patient.loading.trust_remote_code,
-            progress=advance,
-        )
+        return stream.locate(prompts, all_layers=all_layers, progress=advance)
 
 
 def given_emergence(layer: int) -> Emergence:

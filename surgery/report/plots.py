@@ -13,7 +13,9 @@ import numpy as np
 from surgery.method.locate import Emergence
 
 if TYPE_CHECKING:
-    from surgery.measure.probe import AttentionEvidence, Evidence, PromptTrace
+    from surgery.measure.attention import AttentionEvidence
+    from surgery.measure.evidence import Evidence
+    from surgery.measure.traces import PromptTrace
 
 # Okabe and Ito's palette.
 SINK, OTHERS, MARK = "#D55E00", "#0072B2", "#009E73"
@@ -121,7 +123,7 @@ def plot_parts(evidence: Evidence, layer: int | None, path: Path) -> None:
 
 
 def _sink_and_others(axes: Any, traces: Sequence[PromptTrace], name: str) -> None:
-    from surgery.measure.probe import by_layer
+    from surgery.measure.evidence import by_layer
 
     def curve(reduce: Any) -> Any:
         found = by_layer(traces, lambda trace: reduce(getattr(trace, name), trace.sink))

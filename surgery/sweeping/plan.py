@@ -13,7 +13,7 @@ from typing import Any
 from surgery.errors import BadSettings
 from surgery.files.checkpoint import Origin
 from surgery.folds.registry import FOLDS, fold_named
-from surgery.measure.tasks import TaskSettings
+from surgery.measure.task_settings import TaskSettings
 from surgery.method.mask import attention_targets, mask_size
 from surgery.patient import texts
 from surgery.patient.patient import Patient
