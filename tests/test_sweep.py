@@ -15,17 +15,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 optuna = pytest.importorskip("optuna")
 
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
+
+from crash_points import KILLED, in_child  # noqa: E402
 from cut import LAYER, six_layer_cut  # noqa: E402
 from sqlalchemy import create_engine, text  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
@@ -76,9 +80,15 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 # --------------------------------------------------------------------------------------------
 
 
-def test_figures_are_those_of_the_gate(model: str, tmp_path: Path) -> None:
-    found = surgery.sweep(model, folds=("norm", "qkv", "sink"), output=tmp_path, **FEW)
-    assert len(found.rows) == 2 * 2 * 3 * 3
+@pytest.mark.parametrize(
+    "rates", [(0.3,), pytest.param((0.1, 0.3), marks=pytest.mark.full)], ids=["one", "two"]
+)
+def test_figures_are_those_of_the_gate(
+    model: str, tmp_path: Path, rates: tuple[float, ...]
+) -> None:
+    options = {**FEW, "rates": rates}
+    found = surgery.sweep(model, folds=("norm", "qkv", "sink"), output=tmp_path, **options)
+    assert len(found.rows) == len(rates) * 2 * 3 * 3
     common = Settings(model=model, layer=2, **QUICK)
     subject = Subject(surgery.resolve(model), common, SILENT)
     anatomy = analysis.examine(subject.checkpoint)
@@ -100,22 +110,23 @@ def test_figures_are_those_of_the_gate(model: str, tmp_path: Path) -> None:
         assert tuple(figures["target_layers"]) == targets
 
 
-@pytest.mark.parametrize("room", [scoring.KEPT_NUMBERS, 0])
 def test_memory_changes_no_figure(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "KEPT_NUMBERS", room)
+    """What is kept in memory, and what is computed again where there is no room, are the same."""
     monkeypatch.setattr("surgery.quality.LOGITS_BUDGET", 200_000)  # several batches
-    found = surgery.sweep(model, output=tmp_path, scopes=("first",), **FEW)
-    figures = {
-        row.point: {**(row.figures or {}), "seconds": 0, "target_layers": None}
-        for row in found.rows
-    }
-    assert len(figures) == 12
-    assert _SEEN.setdefault("figures", figures) == figures
 
+    def figures(room: int) -> dict[Any, dict[str, Any]]:
+        monkeypatch.setattr(scoring, "KEPT_NUMBERS", room)
+        found = surgery.sweep(model, output=tmp_path / str(room), scopes=("first",), **FEW)
+        return {
+            row.point: {**(row.figures or {}), "seconds": 0, "target_layers": None}
+            for row in found.rows
+        }
 
-_SEEN: dict[str, Any] = {}
+    kept = figures(scoring.KEPT_NUMBERS)
+    assert len(kept) == 12
+    assert figures(0) == kept
 
 
 @pytest.fixture
@@ -311,11 +322,11 @@ needs_tasks = pytest.mark.skipif(
 )
 
 
-@needs_demo
 @needs_tasks
-def test_tasks_on_six_layers_of_a_real_model(tmp_path: Path, run) -> None:
+@pytest.mark.parametrize("of", ["tiny", pytest.param("demo", marks=[pytest.mark.full, needs_demo])])
+def test_tasks_decide(model: str, tmp_path: Path, run, of: str) -> None:
     """Error on a task, equal to what `compare` finds on the written checkpoint."""
-    base = six_layer_cut(tmp_path / "base")
+    base = six_layer_cut(tmp_path / "base") if of == "demo" else model
     sampled = {"tasks": "wemask_piqa", "data": SHARED, "limit": 4, "batch_size": 4}
     # Half a model is too far off for `norm` to pass the gate of `convert`.
     options = {"layer": LAYER, "rates": (0.1, 0.3), "folds": "sink", "selects": "weight", **QUICK}
@@ -454,7 +465,9 @@ def test_a_point_that_kills_is_given_up(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------
-# Killed workers
+# Killed workers. By default they are forks of this process, which has imported everything already,
+# and die at a point that is known before; processes of their own, killed when they happen to be
+# busy, are for full runs.
 # --------------------------------------------------------------------------------------------
 
 
@@ -497,6 +510,7 @@ def until(condition: Callable[[], Any], seconds: float = 300) -> Any:
     raise AssertionError("this took too long")
 
 
+@pytest.mark.full
 def test_resume_after_a_kill(model: str, tmp_path: Path, impatient: None) -> None:
     url = f"sqlite:///{tmp_path / 'out' / 'study.db'}"
     words = [sys.executable, "-m", "surgery", "sweep", model, "-q", "-o", str(tmp_path / "out")]
@@ -515,6 +529,126 @@ def test_resume_after_a_kill(model: str, tmp_path: Path, impatient: None) -> Non
     assert {index: after[index] for index in before} == before
     assert len(found.rows) == POINTS
     assert all(row.error is None for row in found.rows)
+
+
+class Forked:
+    """A worker of a sweep as `subprocess.Popen` starts it, but forked."""
+
+    def __init__(self, words: list[str], *, stdin: int, stdout: int, stderr: Any, text: bool):
+        assert words[1:] == ["-c", "from surgery.sweeping import serve; serve()"]
+        assert (stdin, stdout, text) == (subprocess.PIPE, subprocess.DEVNULL, True)
+        reader, writer = os.pipe()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(writer)
+            sys.stdin, sys.stdout, sys.stderr = os.fdopen(reader), open(os.devnull, "w"), stderr
+            code = 1
+            try:
+                sweeping.serve()
+                code = 0
+            except SystemExit as end:
+                code = int(end.code or 0)
+            finally:
+                stderr.flush()
+                os._exit(code)
+        os.close(reader)
+        self.stdin = os.fdopen(writer, "w")
+
+    def poll(self) -> int | None:
+        return self._look(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._look(0)
+
+    def terminate(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def _look(self, how: int) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, how)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of a sweep are forks of this process."""
+    known = {name: getattr(subprocess, name) for name in ("PIPE", "DEVNULL")}
+    monkeypatch.setattr(sweeping, "subprocess", SimpleNamespace(Popen=Forked, **known))
+
+
+def deadly(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *, workers: int = 1, after: int = 0
+) -> Path:
+    """Scoring once kills its process; the file that then holds the point's settings.
+
+    The first process to be asked for a point more than `after` dies, once all workers have a point.
+    """
+    folder.mkdir()
+    real, dead = scoring.Scorer.score, folder / "dead"
+
+    def score(self: scoring.Scorer, settings: Settings) -> scoring.Figures:
+        (folder / f"worker-{os.getpid()}").touch()
+        until(lambda: len(list(folder.glob("worker-*"))) >= workers)
+        asked[0] += 1
+        if asked[0] > after:
+            with suppress(FileExistsError), open(dead, "x") as file:
+                json.dump([getattr(settings, name) for name in ("rate", "scope", "fold")], file)
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, settings)
+
+    asked = [0]
+    monkeypatch.setattr(scoring.Scorer, "score", score)
+    return dead
+
+
+def require_one_died(url: str, dead: Path) -> None:
+    """Every point was completed once, and the one at which a worker died was begun twice."""
+    trials = load(url).trials
+    assert set(completed(url)) == {trial.user_attrs["index"] for trial in trials}
+    names = ("rate", "scope", "fold")
+    lost = json.loads(dead.read_text())
+    found = [trial for trial in trials if [trial.params[name] for name in names] == lost]
+    failed, complete = optuna.trial.TrialState.FAIL, optuna.trial.TrialState.COMPLETE
+    assert [trial.state for trial in found] == [failed, complete]
+    assert [trial.state for trial in trials].count(failed) == 1
+
+
+def test_a_sweep_that_dies_goes_on(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed within a point: that one and what was left are scored, and nothing else."""
+    monkeypatch.setattr(study, "GRACE", 1)
+    out, url = tmp_path / "out", f"sqlite:///{tmp_path / 'out' / 'study.db'}"
+    options = {**FEW, "selects": ("weight",)}
+    dead = deadly(monkeypatch, tmp_path / "workers", after=3)
+    assert in_child(lambda: surgery.sweep(model, output=out, **options) and None) == KILLED
+    before = completed(url)
+    assert len(before) == 3
+    found = surgery.sweep(model, output=out, **options)
+    after = completed(url)
+    assert set(after) == set(range(8))
+    assert {index: after[index] for index in before} == before
+    assert [row.error for row in found.rows] == [None] * 8
+    require_one_died(url, dead)
+
+
+def test_one_of_three_workers_dies(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None
+) -> None:
+    """The others take over the point at which it died."""
+    monkeypatch.setattr(study, "GRACE", 3)
+    options = {**FEW, "selects": ("weight",)}
+    dead = deadly(monkeypatch, tmp_path / "workers", workers=3)
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    found = surgery.sweep(model, output=tmp_path / "out", storage=url, jobs=3, **options)
+    assert [row.error for row in found.rows] == [None] * 8
+    require_one_died(url, dead)
+    assert len({trial.user_attrs.get("worker") for trial in load(url).trials} - {None}) == 3
 
 
 def kill_a_busy_worker(url: str) -> int:
@@ -581,6 +715,7 @@ def postgresql() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_three_workers_one_killed(model: str, tmp_path: Path, impatient: None, kind: str) -> None:
     @contextmanager
@@ -612,7 +747,10 @@ def test_three_workers_one_killed(model: str, tmp_path: Path, impatient: None, k
         assert [row.error for row in found[0].rows] == [None] * POINTS
 
 
-def test_all_workers_fail(tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["forked", pytest.param("started", marks=pytest.mark.full)])
+def test_all_workers_fail(tiny, tmp_path: Path, request: pytest.FixtureRequest, kind: str) -> None:
+    if kind == "forked":
+        request.getfixturevalue("forked")
     with pytest.raises(SurgeryError, match="no Massive Emergence Layer"):
         surgery.sweep(
             str(tiny("llama", planted=False)), output=tmp_path, jobs=2, rates=(0.1,), **QUICK
