@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,28 @@ from test_finetune_recipe import RECIPES
 import surgery
 from surgery.checkpoint import Origin, open_checkpoint
 from surgery.errors import BadSettings, QualityGate
-from surgery.finetuning import FineTuning, finetune
+from surgery.finetuning import SMOKE_TOKENS, FineTuning, finetune
 from surgery.gated_attention import add_gates, gated
 from surgery.loading import load_model
 from surgery.recipe import read_recipe
 from surgery.resources import resource_folder
 from surgery.review import verify
-from surgery.settings import Reporter
+from surgery.settings import Reporter, Settings
 from surgery.smoke import make_small
 from surgery.staging import held
 from surgery.training import MaskFigures
 from surgery.training_data import load_data
 
 Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_text() -> Iterator[None]:
+    """Folds are measured on as little text as `--smoke` takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Settings, "check_tokens", SMOKE_TOKENS)
+        patch.setattr(Settings, "calibration_tokens", SMOKE_TOKENS)
+        yield
 
 
 class Lines(Reporter):

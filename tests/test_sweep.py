@@ -542,7 +542,7 @@ class Forked:
         self.pid = os.fork()
         if self.pid == 0:
             os.close(writer)
-            sys.stdin, sys.stdout, sys.stderr = os.fdopen(reader), open(os.devnull, "w"), stderr
+            sys.stdin, sys.stderr = os.fdopen(reader), stderr
             code = 1
             try:
                 sweeping.serve()
@@ -641,6 +641,7 @@ def test_one_of_three_workers_dies(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None
 ) -> None:
     """The others take over the point at which it died."""
+    monkeypatch.setattr(study, "HEARTBEAT", 1)
     monkeypatch.setattr(study, "GRACE", 3)
     options = {**FEW, "selects": ("weight",)}
     dead = deadly(monkeypatch, tmp_path / "workers", workers=3)

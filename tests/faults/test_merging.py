@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import errno
-import json
 import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from small_recipes import least_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -35,6 +34,7 @@ from surgery import finetuning
 from surgery.errors import BadSettings
 from surgery.finetuning import FineTuning, finetune
 from surgery.recipe import parse_recipe, read_recipe
+from surgery.settings import Settings
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 PRODUCTS = ("base", "adapter", "model")
@@ -42,27 +42,13 @@ PRODUCTS = ("base", "adapter", "model")
 SAMPLE = 6
 
 
-def a_recipe(folder: Path, model: Path | str, **block: Any) -> Path:
-    """Two steps of training a tiny model, of which everything is kept that can be."""
-    rows = folder / "rows.jsonl"
-    row = {"prompt": "The keeper counted 365 steps.", "completion": " Bread and coffee."}
-    rows.write_text("\n".join([json.dumps(row)] * 4))
-    keys = {
-        "model_name_or_path": str(model),
-        "datasets": [{"path": "json", "data_files": str(rows)}],
-        "dtype": "float32",
-        "bf16": False,
-        "max_steps": 2,
-        "save_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "lora_target_modules": "all-linear",
-        "surgery": {"layer": 1, "fold": "norm", "save": "both", "force": True, **block},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(keys))
-    return path
+@pytest.fixture(scope="module", autouse=True)
+def _little_text() -> Iterator[None]:
+    """Folds are measured on little text: no figure is looked at here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Settings, "check_tokens", 128)
+        patch.setattr(Settings, "calibration_tokens", 128)
+        yield
 
 
 class Training:
@@ -70,7 +56,9 @@ class Training:
 
     def __init__(self, folder: Path, source: Path) -> None:
         self.source, self.output, self.done = source, folder / "work" / "out", folder / "done"
-        self.recipe = a_recipe(folder, source)
+        # Everything is kept that can be.
+        block = {"layer": 1, "fold": "norm", "save": "both", "force": True}
+        self.recipe = least_recipe(folder / "recipe.yaml", source, block, save_steps=1)
         captured: list[Any] = []
         honest = finetuning._finish
 
@@ -217,7 +205,10 @@ def test_a_training_is_begun_or_not(
     assert seen == {False, True}
 
 
-@pytest.mark.parametrize("kilobytes", [1, 20, 300, 500])
+@pytest.mark.parametrize(
+    "kilobytes",
+    [pytest.param(1, marks=pytest.mark.full), 20, pytest.param(300, marks=pytest.mark.full), 500],
+)
 def test_files_that_may_not_grow(
     kilobytes: int, training: Training, capfd: pytest.CaptureFixture[str]
 ) -> None:
