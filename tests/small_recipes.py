@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from surgery.recipe import read_recipe
@@ -58,11 +59,11 @@ def shipped_recipe(
         The path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = make_small(read_recipe(resource_folder("recipes") / f"{name}.yaml"))
-    if model is not None:
-        rows = write_rows(path.parent / "rows.jsonl", 8)
-        raw["model_name_or_path"] = str(model)
-        raw["datasets"] = [{"path": "json", "data_files": str(rows)}]
+    with pytest.MonkeyPatch.context() as patch:
+        if model is not None:
+            rows = write_rows(path.parent / "rows.jsonl", 8)
+            patch.setattr("surgery.smoke._prepared", lambda _method: (model, rows))
+        raw = make_small(read_recipe(resource_folder("recipes") / f"{name}.yaml"))
     raw = {**raw, **keys, "surgery": {**raw["surgery"], **block}}
     path.write_text(yaml.safe_dump(raw))
     return path

@@ -28,7 +28,7 @@ from surgery.recipe import read_recipe
 from surgery.resources import resource_folder
 from surgery.review import verify
 from surgery.settings import Reporter, Settings
-from surgery.smoke import make_small
+from surgery.smoke import make_small, smoke_rows
 from surgery.staging import held
 from surgery.training import MaskFigures
 from surgery.training_data import load_data
@@ -103,12 +103,12 @@ def check_calls(calls: Calls, name: str) -> None:
         assert not first.any()
 
 
-def check_gated_adapter(adapter: Path) -> None:
+def check_gated_adapter(adapter: Path, folder: Path) -> None:
     """Loaded as its card says, the gates are the trained ones, and they act."""
     from peft import PeftModel
 
     ids = torch.arange(20)[None] + 100
-    base = load_model(base_folder())
+    base = load_model(folder)
     add_gates(base)
     model = PeftModel.from_pretrained(base, str(adapter)).eval()
     with torch.inference_mode():
@@ -158,22 +158,62 @@ def test_shipped_recipes_are_planned(
         assert not masks.exists()
         return
     assert mask.layers == (3, 4, 5)
-    assert {len(chosen) for chosen in mask.dimensions.values()} == {58}  # a tenth of 576
+    assert {len(chosen) for chosen in mask.dimensions.values()} == {57}  # a tenth of 576
     training, fold = json.loads(masks.read_text())
     assert list(training["dimensions"]) == ["3", "4", "5"]
     assert list(fold["dimensions"]) == (["3", "4", "5"] if name == "sft_instruction" else ["3"])
 
 
-# One recipe per method, and the gates; all of them in a full run.
-OFTEN = ("sft_math", "dpo_safety", "grpo_math", "sft_gated_attention")
+# One recipe per method, and the gates. One of them trains what `--smoke` trains, the cut of the demo
+# model; the others a tiny model with the same layers. In a full run all recipes train the cut.
+OFTEN = {
+    "sft_math": "demo",
+    "dpo_safety": "tiny",
+    "grpo_math": "tiny",
+    "sft_gated_attention": "tiny",
+}
+
+
+@pytest.fixture
+def small_base(
+    request: pytest.FixtureRequest,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """The folder of what `--smoke` trains."""
+    if request.param == "demo":
+        return base_folder()
+    folder = tmp_path / "tiny-llama"
+    shutil.copytree(tiny("llama", layer=2, layers=6), folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+
+    def prepared(method: str) -> tuple[Path, Path]:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("\n".join(json.dumps(row) for row in smoke_rows(method)))
+        return folder, rows
+
+    monkeypatch.setattr("surgery.smoke._prepared", prepared)
+    return folder
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.full]) for name in RECIPES],
+    ("name", "small_base"),
+    [
+        *OFTEN.items(),
+        *(
+            pytest.param(name, "demo", marks=pytest.mark.full)
+            for name in RECIPES
+            if OFTEN.get(name) != "demo"
+        ),
+    ],
+    indirect=["small_base"],
 )
 def test_shipped_recipes_run(
-    run: Run, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    run: Run, small_base: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`surgery finetune recipes/….yaml --smoke`, unchanged; what it writes loads by itself."""
     path = resource_folder("recipes") / f"{name}.yaml"
@@ -198,10 +238,10 @@ def test_shipped_recipes_run(
         card = (out / "adapter" / "README.md").read_text()
         assert "cannot be folded" in card
         assert record["model"] is None
-        check_gated_adapter(out / "adapter")
+        check_gated_adapter(out / "adapter", small_base)
         return
     model = load_model(out / "model")
-    base = load_model(base_folder())
+    base = load_model(small_base)
     ids = torch.arange(20)[None] + 100
     with torch.inference_mode():
         difference = (model(ids).logits - base(ids).logits).abs().max()

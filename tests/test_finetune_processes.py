@@ -88,21 +88,33 @@ class AtStep(Reporter):
             self.action()
 
 
+@pytest.fixture(scope="module")
+def left_alone(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]
+) -> tuple[Path, Path]:
+    """A recipe for a tiny model, and what a training that nothing happens to writes."""
+    folder = tmp_path_factory.mktemp("left-alone")
+    recipe = recipe_file(
+        folder / "r.yaml",
+        model=tiny("llama", layer=2, layers=6),
+        lora_dropout=0.1,
+        save_steps=2,
+        max_steps=4,
+    )
+    finetune(recipe, output=folder / "whole")
+    return recipe, folder / "whole"
+
+
 @pytest.mark.parametrize("how", ["killed", "interrupted"])
 def test_a_stopped_training_resumes_to_the_same_weights(
-    tiny: Callable[..., Path],
+    left_alone: tuple[Path, Path],
     tmp_path: Path,
     run: Callable[..., Any],
     monkeypatch: pytest.MonkeyPatch,
     how: str,
 ) -> None:
     """Between two checkpoints; dropout, order of data, schedule and optimiser go on as if not."""
-    model = tiny("llama", layer=2, layers=6)
-    recipe = recipe_file(
-        tmp_path / "r.yaml", model=model, lora_dropout=0.1, save_steps=2, max_steps=4
-    )
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    finetune(recipe, output=whole)
+    (recipe, whole), broken = left_alone, tmp_path / "broken"
     if how == "killed":
         dying = AtStep(3, kill)
         assert in_child(lambda: finetune(recipe, output=broken, reporter=dying) and None) == KILLED

@@ -70,6 +70,17 @@ def model(tiny) -> str:
 
 
 @pytest.fixture
+def drawn() -> None:
+    """The figure is drawn, as it otherwise is not: it takes longer than scoring a few points."""
+
+
+@pytest.fixture(autouse=True)
+def _undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("surgery.figures.plot_sweep", lambda _found, _file: None)
+
+
+@pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process takes others for dead sooner than it would."""
     monkeypatch.setattr(study, "GRACE", 5)
@@ -80,19 +91,30 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 # --------------------------------------------------------------------------------------------
 
 
+EVERY = {**FEW, "folds": ("norm", "qkv", "sink")}
+
+
+@pytest.fixture(scope="module")
+def swept(model: str, tmp_path_factory: pytest.TempPathFactory) -> surgery.Sweep:
+    """A sweep over every fold, scope and selection."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("surgery.figures.plot_sweep", lambda _found, _file: None)
+        return surgery.sweep(model, output=tmp_path_factory.mktemp("swept"), **EVERY)
+
+
 @pytest.mark.parametrize(
-    "rates", [(0.3,), pytest.param((0.1, 0.3), marks=pytest.mark.full)], ids=["one", "two"]
+    "rates", [(0.3,), pytest.param((0.1,), marks=pytest.mark.full)], ids=["large", "small"]
 )
 def test_figures_are_those_of_the_gate(
-    model: str, tmp_path: Path, rates: tuple[float, ...]
+    model: str, swept: surgery.Sweep, rates: tuple[float, ...]
 ) -> None:
-    options = {**FEW, "rates": rates}
-    found = surgery.sweep(model, folds=("norm", "qkv", "sink"), output=tmp_path, **options)
-    assert len(found.rows) == len(rates) * 2 * 3 * 3
+    assert len(swept.rows) == 2 * 2 * 3 * 3
+    rows = [row for row in swept.rows if row.point.rate in rates]
+    assert len(rows) == 2 * 3 * 3
     common = Settings(model=model, layer=2, **QUICK)
     subject = Subject(surgery.resolve(model), common, SILENT)
     anatomy = analysis.examine(subject.checkpoint)
-    for row in found.rows:
+    for row in rows:
         settings = row.point.settings(common)
         targets = (3,) if row.point.scope == "first" else (3, 4, 5)
         mask = analysis.choose_mask(subject, anatomy, targets, settings)
@@ -118,14 +140,15 @@ def test_memory_changes_no_figure(
 
     def figures(room: int) -> dict[Any, dict[str, Any]]:
         monkeypatch.setattr(scoring, "KEPT_NUMBERS", room)
-        found = surgery.sweep(model, output=tmp_path / str(room), scopes=("first",), **FEW)
+        options = {**FEW, "rates": (0.3,), "scopes": ("first",)}
+        found = surgery.sweep(model, output=tmp_path / str(room), **options)
         return {
             row.point: {**(row.figures or {}), "seconds": 0, "target_layers": None}
             for row in found.rows
         }
 
     kept = figures(scoring.KEPT_NUMBERS)
-    assert len(kept) == 12
+    assert len(kept) == 6
     assert figures(0) == kept
 
 
@@ -174,7 +197,7 @@ def test_front() -> None:
 # --------------------------------------------------------------------------------------------
 
 
-def test_json_files_and_conversion(model: str, tmp_path: Path, run) -> None:
+def test_json_files_and_conversion(model: str, tmp_path: Path, run, drawn: None) -> None:
     words = ["sweep", model, *words_of({**FEW, "selects": ("weight",), "score": "kl"}), "--json"]
     made = run(*words, "-o", tmp_path / "out").ok().json()
     assert [point["kl_from_reference"] for point in made["points"]] == sorted(
@@ -203,12 +226,13 @@ def test_json_files_and_conversion(model: str, tmp_path: Path, run) -> None:
     ).read_bytes()
 
 
-def test_table(model: str, tmp_path: Path, run) -> None:
-    shown = run("sweep", model, *words_of(FEW), "-o", tmp_path / "out").ok().stdout
+def test_table(model: str, swept: surgery.Sweep, run) -> None:
+    words = ("sweep", model, *words_of(EVERY), "-o", swept.output)
+    shown = run(*words).ok().stdout
     assert "Sweep of tiny-llama" in shown
     assert "surgery convert " in shown
     assert shown.count("sink") >= 12
-    assert run("sweep", model, *words_of(FEW), "-q", "-o", tmp_path / "out").ok().stdout == ""
+    assert run(*words, "-q").ok().stdout == ""
 
 
 @pytest.mark.parametrize(
@@ -237,7 +261,8 @@ def test_bad_input(model: str, tmp_path: Path, run, words: list[str], part: str)
 
 
 def test_no_emergence(tiny, tmp_path: Path, run) -> None:
-    outcome = run("sweep", tiny("llama", planted=False), "-q", "-o", tmp_path / "out")
+    words = ("sweep", tiny("llama", planted=False), "--rates", "0.1", "-q")
+    outcome = run(*words, "-o", tmp_path / "out")
     assert outcome.code == 3
     assert "no Massive Emergence Layer" in outcome.sentence()
 
@@ -247,7 +272,8 @@ def test_a_fold_the_model_cannot_take(tiny, tmp_path: Path, run) -> None:
     assert "--fold norm is not possible" in (
         run("sweep", folder, "--folds", "norm", "-o", tmp_path / "out").sentence()
     )
-    found = surgery.sweep(str(folder), output=tmp_path / "out", scopes=("first",), **FEW)
+    options = {**FEW, "rates": (0.3,), "scopes": ("first",), "selects": ("weight",)}
+    found = surgery.sweep(str(folder), output=tmp_path / "out", **options)
     assert {row.point.fold for row in found.rows} == {"qkv", "sink"}
 
 
@@ -262,8 +288,8 @@ def test_a_point_that_cannot_be_scored(
         return real(self, settings)
 
     monkeypatch.setattr(scoring.Scorer, "score", score)
-    found = surgery.sweep(model, output=tmp_path, scopes=("first",), **FEW)
-    assert [row.error for row in found.rows] == [None] * 6 + ["no sink here"] * 6
+    found = surgery.sweep(model, output=tmp_path, scopes=("first",), selects=("weight",), **FEW)
+    assert [row.error for row in found.rows] == [None] * 2 + ["no sink here"] * 2
 
 
 def test_other_settings_are_refused(tiny, model: str, tmp_path: Path, run) -> None:
@@ -296,16 +322,16 @@ def test_other_settings_are_refused(tiny, model: str, tmp_path: Path, run) -> No
 
 
 def test_search(model: str, tmp_path: Path) -> None:
-    options = {**QUICK, "layer": 2, "trials": 6, "rates": (0.05, 0.5), "seed": 3}
+    options = {**QUICK, "layer": 2, "trials": 4, "rates": (0.05, 0.5), "seed": 3}
     found = surgery.sweep(model, output=tmp_path / "a", **options)
-    assert len(found.rows) == 6
+    assert len(found.rows) == 4
     assert all(0.05 <= row.point.rate <= 0.5 for row in found.rows)
     assert len({row.point.rate for row in found.rows}) > 2
     again = surgery.sweep(model, output=tmp_path / "b", **options)
     assert [row.point for row in again.rows] == [row.point for row in found.rows]
-    more = surgery.sweep(model, output=tmp_path / "a", **{**options, "trials": 8})
+    more = surgery.sweep(model, output=tmp_path / "a", **{**options, "trials": 6})
     assert {row.point for row in found.rows} < {row.point for row in more.rows}
-    assert len(more.rows) == 8
+    assert len(more.rows) == 6
 
 
 # --------------------------------------------------------------------------------------------
@@ -398,7 +424,7 @@ def open_shared(folder: Path) -> SharedStudy:
 
 
 def test_many_claimants(tmp_path: Path) -> None:
-    points = [{"rate": index} for index in range(40)]
+    points = [{"rate": index} for index in range(12)]
     claimed: list[int] = []
 
     def work() -> None:
@@ -414,10 +440,10 @@ def test_many_claimants(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(claimed) == list(range(40))
+    assert sorted(claimed) == list(range(12))
     shared = open_shared(tmp_path)
     assert shared.progress().finished
-    assert [end.figures for end in shared.ended()] == [{"here": index} for index in range(40)]
+    assert [end.figures for end in shared.ended()] == [{"here": index} for index in range(12)]
 
 
 def test_a_dead_worker_and_one_that_comes_back(

@@ -200,9 +200,10 @@ def test_generation_inside_peft(llama: tuple[Any, Mask]) -> None:
 # --------------------------------------------------------------------------------------------
 
 
-def test_compiled_inside_the_block(llama: tuple[Any, Mask]) -> None:
+def test_compiled_inside_the_block(tiny: Tiny) -> None:
     """Compiled inside, the mask is in the code, in one graph; outside the code is made anew."""
-    model, mask = llama
+    model = load_model(tiny("llama", layer=1, layers=3))
+    mask = weight_mask(model, 1, 0.5)
     base = logits(model)
     with wemask(model, mask):
         compiled = torch.compile(model, backend="eager", fullgraph=True)
