@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ os.environ.pop("HF_TOKEN", None)
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+import script  # noqa: E402
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
@@ -117,15 +117,7 @@ def shell() -> Run:
 
 def python(*words: Any, **options: Any) -> Outcome:
     """Run the interpreter of the tests."""
-    done = subprocess.run(
-        [sys.executable, *(str(word) for word in words)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,
-    )
+    done = script.run(sys.executable, *words, timeout=120, env={"OMP_NUM_THREADS": "1"}, **options)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

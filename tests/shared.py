@@ -7,7 +7,11 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pytest
+    from hub_server import HubServer
 
 # The cores are shared out among the workers of pytest-xdist, and with what they start: threads that
 # wait for a core they do not get take longer than none.
@@ -48,3 +52,26 @@ class Outcome:
 
 
 Run = Callable[..., Outcome]
+
+
+def use_hub(hub: HubServer, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """Make this process speak to a server, with its token and a cache of its own.
+
+    As the environment of `hub.env()` does for a process that is started with it.
+
+    Args:
+        hub: The server, which runs.
+        monkeypatch: What undoes this.
+        home: Folder for downloads, as HF_HOME.
+    """
+    from huggingface_hub import HfFileSystem
+
+    for variable, value in {**hub.env(), "HF_HOME": str(home)}.items():
+        monkeypatch.setenv(variable, value)
+    places = {
+        "huggingface_hub.constants.HF_HUB_CACHE": str(home / "hub"),
+        "huggingface_hub.constants.HF_TOKEN_PATH": str(home / "token"),
+    }
+    for name, value in {**hub.patches(), **places}.items():
+        monkeypatch.setattr(name, value, raising=False)
+    HfFileSystem.clear_instance_cache()
