@@ -16,7 +16,7 @@ from targets import TARGETS, attempt, seeds
 names = pytest.mark.parametrize("name", list(TARGETS))
 # How many inputs: enough to notice a parser that has become careless, and more in a full run.
 amounts = pytest.mark.parametrize(
-    "examples", [60, pytest.param(200, marks=pytest.mark.full)], ids=["some", "many"]
+    "examples", [40, pytest.param(200, marks=pytest.mark.full)], ids=["some", "many"]
 )
 
 

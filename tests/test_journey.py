@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 from pathlib import Path
@@ -62,10 +64,22 @@ def no_canary(*texts: str, folder: Path) -> None:
             assert CANARY.encode() not in path.read_bytes(), path
 
 
+@pytest.mark.parametrize(
+    "thorough", [False, pytest.param(True, marks=pytest.mark.full)], ids=["quick", "thorough"]
+)
 def test_as_typed(
-    hub: HubServer, env: dict[str, str], source: Path, tmp_path: Path, here: Run
+    thorough: bool,
+    hub: HubServer,
+    env: dict[str, str],
+    source: Path,
+    tmp_path: Path,
+    here: Run,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Converted and loaded in processes of their own."""
+    """In a process of its own; what is published is loaded in one where there is no surgery.
+
+    In a quick run it is loaded in this process.
+    """
     work = tmp_path / "work"
     work.mkdir()
     done = run_script(
@@ -103,18 +117,31 @@ def test_as_typed(
     assert "model-index" not in card
     assert "license: apache-2.0" in card
     no_canary(done.stdout, done.stderr, folder=work)
-    loaded = run_program(
-        *(sys.executable, "-c", STOCK, "me/Qwen3-4B-WeMask"),
-        env={**env, "HF_HOME": str(tmp_path / "elsewhere")},
-    )
-    assert loaded.returncode == 0, loaded.stderr
-    assert json.loads(loaded.stdout.splitlines()[-1]) == {
-        "finite": True,
-        "class": "Qwen3ForCausalLM",
-    }
-    for command in ("verify", "reproduce"):
+    loaded = stock_of(thorough, "me/Qwen3-4B-WeMask", env, tmp_path / "elsewhere", monkeypatch)
+    assert loaded == {"finite": True, "class": "Qwen3ForCausalLM"}
+    for command in ("verify", "reproduce") if thorough else ("verify",):
         again = here(command, output).ok()
         no_canary(again.stdout, again.stderr, folder=work)
+
+
+def stock_of(
+    apart: bool, model: str, env: dict[str, str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, object]:
+    """What `STOCK` prints of a model on the Hub, in a process of its own or in this one."""
+    if apart:
+        done = run_program(sys.executable, "-c", STOCK, model, env={**env, "HF_HOME": str(home)})
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:
+        said = io.StringIO()
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(said):
+            patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+            patch.setattr(sys, "argv", ["-c", model])
+            patch.setitem(sys.modules, "surgery", None)
+            exec(compile(STOCK, "stock.py", "exec"), {"__name__": "__main__"})
+        printed = said.getvalue()
+    found: dict[str, object] = json.loads(printed.splitlines()[-1])
+    return found
 
 
 def test_revisions_and_the_offline_cache(

@@ -52,6 +52,7 @@ def test_convert_from_the_wheel(installed: Path, tmp_path: Path) -> None:
         *("--max-degradation", "1000", "--json"),
     )
     assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
     assert json.loads(done.stdout)["target_layers"] == [4]
     assert "WeMask" in (tmp_path / "out" / "README.md").read_text()
     recipes = run(

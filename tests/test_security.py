@@ -127,8 +127,19 @@ def check_permissions(folder: Path, mask: int) -> None:
         assert path.is_dir() or not mode & 0o111
 
 
-def test_permissions_of_all_that_is_written(tiny: Tiny, tmp_path: Path, run: Run) -> None:
-    """Reports, studies, trainings and results are as private as the user wants them."""
+@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_permissions_of_all_that_is_written(
+    drawn: bool, tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reports, studies, trainings and results are as private as the user wants them.
+
+    Figures are files without a picture in a quick run, because drawing a report takes long.
+    """
+    if not drawn:
+        monkeypatch.setattr(
+            "matplotlib.figure.Figure.savefig",
+            lambda _figure, path, **_options: open(path, "wb").close(),
+        )
     source, work = tiny(layers=3, layer=1), tmp_path / "work"
     recipe = a_recipe(tmp_path, source)
     before = os.umask(0o077)
@@ -141,8 +152,8 @@ def test_permissions_of_all_that_is_written(tiny: Tiny, tmp_path: Path, run: Run
         run("revert", work / "sink", "-o", work / "base").ok()
         run("sweep", source, *SWEEP, *quick, "-o", work / "sweep").ok()
         run("finetune", recipe, "-o", work / "trained").ok()
-        run("analyze", source, "--quiet", "--report", work / "report").ok()
-        run("analyze", source, "--quiet", "--plot", work / "plot.png").ok()
+        run("analyze", tiny(), "--quiet", "--report", work / "report").ok()
+        run("analyze", tiny(), "--quiet", "--plot", work / "plot.png").ok()
         results = work / "compared.json"
         run("compare", source, work / "sink", "--check-tokens", "64", "-q", "-o", results).ok()
     finally:

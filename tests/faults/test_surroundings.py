@@ -146,33 +146,52 @@ def test_a_source_that_moves(
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize("moment", ["writing", pytest.param("loading", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        # An exception in place of this one is in test_cli.py.
-        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full, id="TERM"),
-        pytest.param(signal.SIGINT, 130, id="INT"),
-    ],
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
 )
-def test_signals(number: int, code: int, tiny: Tiny, tmp_path: Path) -> None:
+def test_signals(number: int, code: int, moment: str, tiny: Tiny, tmp_path: Path) -> None:
     """One sentence, the usual exit code, and nothing left."""
-    (tmp_path / "work").mkdir()
-    words = ("convert", tiny(), "--layer", "3", "-o", tmp_path / "work" / "out")
+    work = tmp_path / "work"
+    work.mkdir()
+    program: tuple[str, ...] = ("-c", _WRITING)
+    words: tuple[object, ...] = ("convert", tiny(), "--layer", "3", "-o", work / "out")
+    if moment == "writing":
+        words += ("--no-check", "--quiet")
+    else:
+        program = ("-m", "surgery")
     process = start(
-        *(sys.executable, "-m", "surgery", *words),
+        *(sys.executable, *program, *words),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     assert process.stderr is not None
-    first = process.stderr.readline()  # it has begun
+    # It has begun.
+    first = (process.stdout if moment == "writing" else process.stderr).readline()
+    begun = list(work.iterdir())
     process.send_signal(number)
     _, rest = process.communicate(timeout=60)
-    assert "Loading" in first
+    assert moment in first.lower()
+    assert len(begun) == (moment == "writing")
     assert process.returncode == code, rest
     assert "nothing was left behind" in rest
     assert "Traceback" not in rest
-    assert list((tmp_path / "work").iterdir()) == []
+    assert list(work.iterdir()) == []
+
+
+# The command as typed, of which the copying takes long.
+_WRITING = """
+import time
+from surgery import conversion
+def slow(*_args):
+    print("writing", flush=True)
+    time.sleep(60)
+conversion.copy_plan = slow
+from surgery.__main__ import main
+main()
+"""
 
 
 @pytest.mark.parametrize(
