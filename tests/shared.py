@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 # The cores are shared out among the workers of pytest-xdist, and with what they start: threads that
 # wait for a core they do not get take longer than none.
@@ -15,6 +19,30 @@ THREADS = max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKE
 os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
 
 Tiny = Callable[..., Path]
+
+# What this process spent in `made_once` since somebody last asked: no one test's own time.
+waited_seconds = 0.0
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """A folder that `make` fills in whichever process comes first; the others wait for it.
+
+    A process that dies meanwhile leaves no folder, only the beginning of one beside it, which the
+    next process removes.
+    """
+    global waited_seconds
+    begun, before = time.perf_counter(), waited_seconds
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if not folder.is_dir():
+                temporary = folder.with_name(f"{folder.name}.part")
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
+                make(temporary)
+                os.rename(temporary, folder)
+    waited_seconds = before + time.perf_counter() - begun
+    return folder
 
 
 @dataclass(frozen=True)
