@@ -36,12 +36,12 @@ from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 import surgery  # noqa: E402
 from surgery.errors import BadSettings, SurgeryError  # noqa: E402
 from surgery.folds import editing  # noqa: E402
+from surgery.jobs.sweep import queue, workers  # noqa: E402
 from surgery.measure import scoring  # noqa: E402
 from surgery.measure.gate import measure_fold  # noqa: E402
 from surgery.patient.locating import choose_mask  # noqa: E402
 from surgery.patient.patient import Patient  # noqa: E402
 from surgery.settings import Settings  # noqa: E402
-from surgery.sweeping import queue, workers  # noqa: E402
 from surgery.sweeping.queue import Ended, Parameters, SharedStudy, Space  # noqa: E402
 from surgery.sweeping.result import front  # noqa: E402
 
@@ -115,7 +115,7 @@ def test_memory_changes_no_figure(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is kept in memory, and what is computed again where there is no room, are the same."""
-    monkeypatch.setattr("surgery.measure.quality.LOGITS_BUDGET", 200_000)  # several batches
+    monkeypatch.setattr("surgery.measure.logits.LOGITS_BUDGET", 200_000)  # several batches
 
     def figures(room: int) -> dict[Any, dict[str, Any]]:
         monkeypatch.setattr(scoring, "KEPT_NUMBERS", room)
