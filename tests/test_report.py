@@ -16,7 +16,7 @@ import pytest
 
 import surgery
 from surgery.method import evidence
-from surgery.report.page import page as report
+from surgery.report import page as report
 
 PNG = b"\x89PNG\r\n\x1a\n"
 FIGURES = [

@@ -23,7 +23,7 @@ from surgery.measure.evidence import Evidence
 from surgery.method.locate import IGNORED_LAST_LAYERS, Emergence
 from surgery.outputs.manifest import clean_numbers, tool_version, versions
 from surgery.outputs.plan import existing_parent
-from surgery.report.page import plots as figures
+from surgery.report import plots as figures
 from surgery.reporter import SILENT, Reporter
 
 PAGE, DATA, TEMPLATE = "index.html", "report.json", "report.html.jinja"
