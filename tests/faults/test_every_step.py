@@ -258,7 +258,8 @@ def test_a_source_that_cannot_be_read(
         else:
             assert snapshot(output) == before, at
             assert left_beside(output) == set(), at
-    assert codes.count(7) > 5
+    # Of a sample, the same share.
+    assert codes.count(7) > (5 if size is None else 2)
 
 
 @pytest.mark.parametrize(

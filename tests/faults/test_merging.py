@@ -205,7 +205,9 @@ def test_a_training_is_begun_or_not(
     assert set(new) == {"training", "training/recipe.json"}
     seen = set()
     every = list(points(begin, reset))
-    for at in every[:: len(every) // SAMPLE] if sampled else every:
+    # The last one too, before which all is in place.
+    sample = sorted({*every[:: max(1, len(every) // SAMPLE)], every[-1]})
+    for at in sample if sampled else every:
         reset()
         assert run_until(begin, at, kill) == KILLED
         now = snapshot(output)
