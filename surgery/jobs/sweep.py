@@ -647,7 +647,7 @@ def _result(
                 on_front=marks.get(end.index, False),
                 figures=end.figures,
                 error=end.error,
-                command=command_line(asdict(point.settings(_for_convert(plan.common)))),
+                command=command_line(point.settings(_for_convert(plan.common))),
             )
         )
     rows.sort(key=lambda row: math.inf if row.score is None else row.score)

@@ -34,7 +34,7 @@ from surgery.measure.statistics import Difference, over_seeds, paired, score
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy
 from surgery.reporter import Reporter
-from surgery.settings import Settings
+from surgery.settings import Settings, option
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,24 +49,49 @@ _TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """How tasks are run; see `surgery compare --help`.
+    """How tasks are run; every field is an option of `compare` and `sweep`.
 
-    data: a folder with local copies of the documents. limit: documents per task. batch_size: a
-    number or "auto"; None: auto on a GPU, 8 on the CPU. seeds: for tasks that sample; the first
-    one for all others. max_new_tokens: None for the paper's 512, and 128 for GSM8K. temperature:
-    None for each task's own; 0 is greedy. chat_template: None for "where the tokenizer has one".
+    Attributes:
+        tasks: names of lm-evaluation-harness, ours, or YAML files.
+        data: a folder with local copies of the documents.
+        limit: documents per task.
+        batch_size: a number or "auto"; None: auto on a GPU, 8 on the CPU.
+        seeds: for tasks that sample; the first one for all others.
+        max_new_tokens: None for the paper's 512, and 128 for GSM8K.
+        temperature: None for each task's own; 0 is greedy.
+        chat_template: None for "where the tokenizer has one".
+        thinking: the template's `enable_thinking`.
+        backend: what runs the models.
     """
 
-    tasks: tuple[str, ...]
-    data: str | None = None
-    limit: int | None = None
-    batch_size: str | None = None
-    seeds: tuple[int, ...] = SEEDS
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    chat_template: bool | None = None
-    thinking: bool = False
-    backend: str = "hf"
+    tasks: tuple[str, ...] = option(
+        (),
+        "knowledge, math, safety, any name of lm-evaluation-harness, or YAML files and folders.",
+        metavar="LIST",
+    )
+    data: str | None = option(None, "Local documents for the shipped tasks.", metavar="DIR")
+    limit: int | None = option(None, "Documents per task.")
+    batch_size: str | None = option(None, "A number or auto.  [default: auto; 8 on the CPU]")
+    seeds: tuple[int, ...] = option(SEEDS, "For sampling tasks.")
+    max_new_tokens: int | None = option(
+        None, "Per generation.  [default: 512; GSM8K 128, as the paper]"
+    )
+    temperature: float | None = option(
+        None, "For all generations; 0 is greedy.  [default: the task's]"
+    )
+    chat_template: bool | None = option(
+        None,
+        "Pose tasks as chat.  [default: where the tokenizer has a template]",
+        name="--chat-template/--no-chat-template",
+    )
+    thinking: bool = option(
+        False, "The template's enable_thinking.", name="--thinking/--no-thinking"
+    )
+    backend: str = option(
+        "hf",
+        "What runs the tasks; vllm runs checkpoints only, not the reference.",
+        choices=("hf", "vllm"),
+    )
 
     def __post_init__(self) -> None:
         """Raise BadSettings for values that make no sense."""
