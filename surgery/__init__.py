@@ -30,15 +30,14 @@ if TYPE_CHECKING:
     from surgery.jobs.push import push
     from surgery.jobs.reproduce import reproduce
     from surgery.jobs.revert import revert
-    from surgery.jobs.sweep import Sweep, sweep
+    from surgery.jobs.sweep import sweep
     from surgery.jobs.verify import verify
     from surgery.measure.quality import Quality
     from surgery.method.locate import Emergence
     from surgery.method.mask import Mask
     from surgery.models import gated_attention
     from surgery.models.anatomy import Anatomy
-    from surgery.models.masking import weight_mask, wemask
-    from surgery.models.reference import masked
+    from surgery.models.masking import masked, weight_mask, wemask
     from surgery.outputs.checks import Verification
     from surgery.outputs.manifest import Manifest, read_manifest
     from surgery.outputs.pipeline import Conversion
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     from surgery.patient.source import resolve
     from surgery.reporter import Reporter
     from surgery.settings import Settings
+    from surgery.sweeping.result import Sweep
 
 # The public names, by the module they live in; `TYPE_CHECKING` repeats them for type checkers, and
 # a test compares the two.
@@ -63,15 +63,14 @@ _PUBLIC = {
     "jobs.push": "push",
     "jobs.reproduce": "reproduce",
     "jobs.revert": "revert",
-    "jobs.sweep": "Sweep sweep",
+    "jobs.sweep": "sweep",
     "jobs.verify": "verify",
     "measure.quality": "Quality",
     "method.locate": "Emergence",
     "method.mask": "Mask",
     "models": "gated_attention",
     "models.anatomy": "Anatomy",
-    "models.masking": "weight_mask wemask",
-    "models.reference": "masked",
+    "models.masking": "masked weight_mask wemask",
     "outputs.checks": "Verification",
     "outputs.manifest": "Manifest read_manifest",
     "outputs.pipeline": "Conversion",
@@ -79,6 +78,7 @@ _PUBLIC = {
     "patient.source": "resolve",
     "reporter": "Reporter",
     "settings": "Settings",
+    "sweeping.result": "Sweep",
 }
 _HOMES = {name: home for home, names in _PUBLIC.items() for name in names.split()}
 __all__ = sorted(_HOMES)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_models import build, decoder_layers, save
+from tiny_models import build, decoder_layers
 
 import surgery
 from surgery.errors import BadSettings
@@ -183,9 +183,8 @@ def test_mask_numbers():
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    folder = save("qwen3", tmp_path_factory.mktemp("models") / "qwen3", layer=3)
-    return surgery.analyze(str(folder), evidence=True)
+def planted(tiny):
+    return surgery.analyze(str(tiny("qwen3")), evidence=True)
 
 
 @pytest.fixture(scope="module")
@@ -400,9 +399,8 @@ def test_unit_offset_gain():
     assert probe.effective_gain(torch.nn.LayerNorm(4, elementwise_affine=False), 0.0) is None
 
 
-def test_no_emergence(tmp_path):
-    folder = save("llama", tmp_path / "llama", planted=False, layers=4)
-    found = surgery.analyze(str(folder), evidence=True)
+def test_no_emergence(tiny):
+    found = surgery.analyze(str(tiny("llama", planted=False, layers=4)), evidence=True)
     assert found.emergence.layer is None
     assert found.evidence.knockouts == ()
     assert found.evidence.mask is None
@@ -410,6 +408,5 @@ def test_no_emergence(tmp_path):
     assert len(found.evidence.rows) == 4
 
 
-def test_without_asking_there_is_no_evidence(tmp_path):
-    folder = save("llama", tmp_path / "llama", layers=4, layer=1)
-    assert surgery.analyze(str(folder)).evidence is None
+def test_without_asking_there_is_no_evidence(tiny):
+    assert surgery.analyze(str(tiny("llama", layers=4, layer=1))).evidence is None

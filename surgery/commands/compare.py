@@ -14,7 +14,7 @@ from surgery.commands.options import (
     settings,
     task_options,
 )
-from surgery.measure.tasks import TaskSettings
+from surgery.measure.task_settings import TaskSettings
 
 
 @click.command()

@@ -13,8 +13,9 @@ from surgery.commands.text import printable, safe
 from surgery.report.numbers import short
 
 if TYPE_CHECKING:
-    from surgery.jobs.compare import Comparison, TextMeasure
-    from surgery.measure.tasks import TaskRow, VariantScore
+    from surgery.jobs.compare import Comparison
+    from surgery.measure.task_scores import TaskRow, VariantScore
+    from surgery.measure.text import TextMeasure
 
 
 def comparison_tables(result: Comparison) -> Iterator[RenderableType]:

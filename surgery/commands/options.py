@@ -59,7 +59,7 @@ def settings(*names: str, **changes: Any) -> Decorator:
 
 def task_options(function: Function) -> Function:
     """Which tasks of lm-evaluation-harness to run, and how."""
-    from surgery.measure.tasks import TaskSettings  # likewise
+    from surgery.measure.task_settings import TaskSettings  # likewise
 
     names = [known.name for known in fields(TaskSettings) if known.name != "backend"]
     return options(TaskSettings, *names)(function)

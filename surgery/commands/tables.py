@@ -21,9 +21,9 @@ from surgery.report.numbers import COLUMNS, short
 if TYPE_CHECKING:
     from surgery.files.checkpoint import Checkpoint
     from surgery.folds.edits import Edit
-    from surgery.jobs.sweep import Sweep
-    from surgery.measure.probe import Evidence
+    from surgery.measure.evidence import Evidence
     from surgery.measure.quality import Quality
+    from surgery.sweeping.result import Sweep
 
 _LABELS = {"base": "base", "reference": "paper's reference (hook)", "folded": "folded weights"}
 

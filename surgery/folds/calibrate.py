@@ -26,7 +26,8 @@ from surgery.method.algebra import detector
 from surgery.method.locate import STANDS_OUT
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy
-from surgery.models.observe import attention_input, backbone, decoder_layers, hooked, pad, residual
+from surgery.models.discovery import backbone, decoder_layers
+from surgery.models.observe import attention_input, hooked, pad, residual
 
 if TYPE_CHECKING:
     from surgery.patient.patient import Patient

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from surgery.measure.probe import HEATMAP_TOKENS, Evidence
+from surgery.measure.attention import HEATMAP_TOKENS
+from surgery.measure.evidence import Evidence
 from surgery.method.locate import Emergence
 from surgery.outputs.manifest import clean_numbers
 from surgery.report.numbers import rounded, short

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from surgery.errors import BadSettings
 from surgery.files.resources import resource_folder
 from surgery.files.staging import replacing
-from surgery.measure.probe import Evidence
+from surgery.files.text import write_text
+from surgery.measure.evidence import Evidence
 from surgery.method.locate import Emergence
 from surgery.outputs.figure import plot_layers
 from surgery.outputs.manifest import clean_numbers, tool_version, versions
@@ -236,7 +237,7 @@ def _finish(
         "settings": dict(settings),
     }
     text = json.dumps(clean_numbers({**about, **data}), ensure_ascii=True, separators=(",", ":"))
-    (folder / DATA).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / DATA, text + "\n")
     images = {
         path.name: base64.b64encode(path.read_bytes()).decode()
         for path in sorted(folder.glob("*.png"))
@@ -247,4 +248,4 @@ def _finish(
     page = environment.from_string(template).render(
         title=title, images=images, about=about, **context
     )
-    (folder / PAGE).write_text(page, encoding="utf-8")
+    write_text(folder / PAGE, page)

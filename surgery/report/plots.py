@@ -13,7 +13,8 @@ from surgery.method.locate import Emergence
 from surgery.outputs.figure import OTHERS, SINK, drawing, legend, mark, style, whole_ticks
 
 if TYPE_CHECKING:
-    from surgery.measure.probe import Evidence, PromptTrace
+    from surgery.measure.evidence import Evidence
+    from surgery.measure.traces import PromptTrace
 
 _Found = TypeVar("_Found")
 
@@ -36,7 +37,7 @@ def plot_parts(evidence: Evidence, layer: int | None, path: Path) -> None:
 
 
 def _sink_and_others(axes: Any, traces: Sequence[PromptTrace], name: str) -> None:
-    from surgery.measure.probe import by_layer
+    from surgery.measure.evidence import by_layer
 
     def curve(reduce: Any) -> Any:
         found = by_layer(traces, lambda trace: reduce(getattr(trace, name), trace.sink))

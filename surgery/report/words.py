@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from surgery.errors import NoEmergence
-from surgery.measure.probe import HEATMAP_TOKENS, Evidence
+from surgery.measure.attention import HEATMAP_TOKENS
+from surgery.measure.evidence import Evidence
 from surgery.method.evidence import pairwise
 from surgery.method.locate import IGNORED_LAST_LAYERS, Emergence
 from surgery.report.numbers import short
