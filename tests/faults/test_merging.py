@@ -57,7 +57,7 @@ def _quickly() -> Iterator[None]:
         return True
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("surgery.training.loss_plot.plot_loss", plot)
+        patch.setattr("surgery.training.products.plot_loss", plot)
         patch.setattr(Settings, "check_tokens", 128)
         patch.setattr(Settings, "calibration_tokens", 128)
         yield
@@ -70,7 +70,7 @@ class Training:
         self.source, self.output, self.done = source, folder / "work" / "out", folder / "done"
         self.recipe = a_recipe(folder, source)
         captured: list[Any] = []
-        honest = finetuning._finish
+        honest = finetuning.finish
 
         def finish(*given: Any) -> FineTuning:
             captured[:] = given
@@ -78,7 +78,7 @@ class Training:
             return honest(*given)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(finetuning, "_finish", finish)
+            patch.setattr(finetuning, "finish", finish)
             finetune(self.recipe, output=self.output)
         self.merge: Job = lambda: honest(*captured) and None
 
@@ -159,7 +159,7 @@ def test_failing_at_every_step(
     action = {"no space": fail(errno.ENOSPC), "interrupted": interrupt}[what]
 
     def merge() -> None:
-        with finetuning._in_one_sentence(training.output):
+        with finetuning.in_one_sentence(training.output):
             training.merge()
 
     training.reset()
@@ -190,7 +190,7 @@ def test_a_training_is_begun_or_not(
 
     def begin() -> None:
         with ExitStack() as stack:
-            finetuning._prepare(recipe, (), output, stack, resume=False, overwrite=overwrite)
+            finetuning.prepare(recipe, (), output, stack, resume=False, overwrite=overwrite)
 
     def reset() -> None:
         shutil.rmtree(output.parent, ignore_errors=True)

@@ -185,11 +185,11 @@ def test_signals(number: int, code: int, moment: str, tiny: Tiny, tmp_path: Path
 # The command as typed, of which the copying takes long.
 _WRITING = """
 import time
-from surgery.jobs import convert as conversion
+from surgery.outputs import folder
 def slow(*_args):
     print("writing", flush=True)
     time.sleep(60)
-conversion.copy_plan = slow
+folder.copy_plan = slow
 from surgery.__main__ import main
 main()
 """
@@ -238,11 +238,11 @@ def test_a_killed_run_is_cleaned_up_by_the_next(tiny: Tiny, tmp_path: Path, run:
 _SLOW = """
 import sys, time
 import surgery
-from surgery.jobs import convert as conversion
+from surgery.outputs import folder
 def slow(*_args):
     print("writing", flush=True)
     time.sleep(60)
-conversion.copy_plan = slow
+folder.copy_plan = slow
 surgery.convert(sys.argv[1], layer=3, check=False, output=sys.argv[2])
 """
 

@@ -23,7 +23,7 @@ from surgery.files.checkpoint import Checkpoint, Origin
 from surgery.files.safetensors_file import TensorEntry
 from surgery.models import anatomy, families
 from surgery.outputs import card, manifest, results
-from surgery.training.trainer import recipe
+from surgery.training import recipe
 
 # What a message may at most be long: it must not repeat a whole hostile file.
 LONGEST_MESSAGE = 20_000
