@@ -9,12 +9,17 @@ from typing import Any
 
 import click
 
-from surgery.commands.options import analysis_options, output_options, task_options
+from surgery.commands.options import (
+    Decorator,
+    analysis_options,
+    output_options,
+    task_options,
+)
 from surgery.errors import Terminated
 
 
-def _list_of(kind: Callable[[str], Any]) -> Callable[..., Any]:
-    """Reads an option such as 0.1,0.2."""
+def _lists(name: str, kind: Callable[[str], Any], default: str | None, words: str) -> Decorator:
+    """An option such as 0.1,0.2."""
 
     def parse(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
         if value is None:
@@ -24,49 +29,34 @@ def _list_of(kind: Callable[[str], Any]) -> Callable[..., Any]:
         except ValueError as error:
             raise click.BadParameter(f"{value!r} is not a list such as 0.1,0.2") from error
 
-    return parse
+    shown = default is not None
+    return click.option(
+        name, default=default, show_default=shown, callback=parse, metavar="LIST", help=words
+    )
 
 
 @click.command()
 @click.argument("model")
-@click.option(
-    "--rates",
-    default="0.02,0.05,0.1,0.2,0.3,0.5",
-    show_default=True,
-    callback=_list_of(float),
-    metavar="LIST",
-    help="Shares of dimensions to mask.",
-)
-@click.option(
+@_lists("--rates", float, "0.02,0.05,0.1,0.2,0.3,0.5", "Shares of dimensions to mask.")
+@_lists(
     "--scopes",
-    default="first,all",
-    show_default=True,
-    callback=_list_of(str),
-    metavar="LIST",
-    help="first: the first layer after the ME Layer; all: all after it.",
+    str,
+    "first,all",
+    "first: the first layer after the ME Layer; all: all after it.",
 )
-@click.option(
+@_lists(
     "--folds",
-    callback=_list_of(str),
-    metavar="LIST",
-    help="Of norm, qkv, sink.  [default: norm,sink, or qkv,sink where norm is not possible]",
+    str,
+    None,
+    "Of norm, qkv, sink.  [default: norm,sink, or qkv,sink where norm is not possible]",
 )
-@click.option(
+@_lists(
     "--selects",
-    default="weight,activation,random",
-    show_default=True,
-    callback=_list_of(str),
-    metavar="LIST",
-    help="How dimensions are chosen; activation and random are the paper's controls.",
+    str,
+    "weight,activation,random",
+    "How dimensions are chosen; activation and random are the paper's controls.",
 )
-@click.option(
-    "--strengths",
-    default="1",
-    show_default=True,
-    callback=_list_of(float),
-    metavar="LIST",
-    help="1 masks, 0 changes nothing.",
-)
+@_lists("--strengths", float, "1", "1 masks, 0 changes nothing.")
 @click.option(
     "--score",
     type=click.Choice(["perplexity", "kl", "tasks"]),
@@ -121,7 +111,7 @@ def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Score every combination of settings on MODEL, loaded once; nothing is written but results.
 
     Run the same command again, also on another machine with the same --storage, and it goes on:
-    no point is scored twice.
+    no point is scored again.
     """
     from surgery.commands.tables import sweep_table
     from surgery.commands.terminal import Terminal, print_json, safe
