@@ -11,11 +11,12 @@ import click
 from surgery.commands.options import LOADING, listed, output_options, settings, task_options
 from surgery.errors import Terminated
 from surgery.method.mask import SCOPES, SELECTIONS
+from surgery.sweeping.plan import RATES, SCORES
 
 
 @click.command()
 @click.argument("model")
-@listed("rate", (0.02, 0.05, 0.1, 0.2, 0.3, 0.5), "Shares of dimensions to mask.")
+@listed("rate", RATES, "Shares of dimensions to mask.")
 @listed("scope", SCOPES, "first: the first layer after the ME Layer; all: all after it.")
 @listed(
     "fold",
@@ -30,7 +31,7 @@ from surgery.method.mask import SCOPES, SELECTIONS
 @listed("strength", (1.0,), "1 masks, 0 changes nothing.")
 @click.option(
     "--score",
-    type=click.Choice(["perplexity", "kl", "tasks"]),
+    type=click.Choice(list(SCORES)),
     default="perplexity",
     show_default=True,
     help="What should be low: perplexity, the distance from the paper's reference, or the mean "
@@ -74,7 +75,7 @@ def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """Score every combination of settings on MODEL, loaded once; nothing is written but results.
 
     Run the same command again, also on another machine with the same --storage, and it goes on:
-    no point is scored twice.
+    no point is scored again.
     """
     from surgery.commands.tables import sweep_table
     from surgery.commands.terminal import Terminal, print_json
