@@ -6,12 +6,15 @@ input gives the same bytes.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from surgery.method.locate import Emergence
+
+logger = logging.getLogger(__name__)
 
 # Okabe and Ito's palette.
 SINK, OTHERS, MARK = "#D55E00", "#0072B2", "#009E73"
@@ -43,6 +46,7 @@ def drawing(
         yield figure, figure.subplots(*shape, **options)
         # No date or version in the file.
         figure.savefig(path, dpi=110, metadata={"Software": None})
+        logger.debug("drew %s", path)
 
 
 def mark(axes: Any, layer: int | None, *, label: bool = False) -> None:

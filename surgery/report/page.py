@@ -176,6 +176,7 @@ def write_report(analysis: Analysis, folder: Path, settings: Mapping[str, Any]) 
     with replacing(folder, lambda: check_folder(folder)) as staged:
         made = sections(analysis, staged)
         data = summary(analysis)
+        logger.info("%d figures drawn for %s", len(made), folder)
         _finish(
             staged,
             data,
