@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import dataclasses
 import html.parser
 import io
 import json
@@ -93,8 +92,7 @@ def quick_figures(folder, monkeypatch):
         (path,) = (word for word in words if isinstance(word, Path))
         path.write_bytes(picture)
 
-    pieces = [dataclasses.replace(piece, draw=draw) for piece in report._PIECES]
-    monkeypatch.setattr(report, "_PIECES", pieces)
+    monkeypatch.setattr(report, "_PIECES", [(*piece[:-1], draw) for piece in report._PIECES])
     monkeypatch.setattr(report, "plot_layers", draw)
 
 

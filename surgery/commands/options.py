@@ -134,8 +134,8 @@ def _joined(values: Sequence[Any] | None) -> str | None:
     return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 
-def _list_of(kind: Callable[[str], Any]) -> Callable[..., Any]:
-    """Reads a list such as 0.1,0.2."""
+def _list_of(kind: Callable[[str], Any], words: str = "a list such as 0.1,0.2") -> Function:
+    """Reads several values, separated by commas."""
 
     def parse(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
         if value is None:
@@ -143,37 +143,34 @@ def _list_of(kind: Callable[[str], Any]) -> Callable[..., Any]:
         try:
             return tuple(kind(part.strip()) for part in value.split(","))
         except ValueError as error:
-            raise click.BadParameter(f"{value!r} is not a list such as 0.1,0.2") from error
+            raise click.BadParameter(f"{value!r} is not {words}") from error
 
     return parse
-
-
-def _numbers(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,1,2") from error
 
 
 def _words(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
-def parse_layers(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
+def _layers(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
     """ "7,9-11" as (7, 9, 10, 11)."""
     if value is None:
         return None
+    found: set[int] = set()
     try:
-        found: list[int] = []
         for part in value.split(","):
             first, _, last = part.partition("-")
-            found += range(int(first), min(int(last or first), _DEEPEST) + 1)
+            found.update(range(int(first), min(int(last or first), _DEEPEST) + 1))
+        if not found or max(found) >= _DEEPEST:
+            raise ValueError(value)
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is not a list of layers such as 7,9-11") from error
-    if not found or max(found) >= _DEEPEST:
-        raise click.BadParameter(f"{value!r} is not a list of layers such as 7,9-11")
-    return tuple(sorted(set(found)))
+    return tuple(sorted(found))
 
 
 # How the text of an option with several values is read, by the field.
-_PARSERS = {"layers": parse_layers, "seeds": _numbers, "tasks": _words}
+_PARSERS = {
+    "layers": _layers,
+    "seeds": _list_of(int, "a list of numbers such as 0,1,2"),
+    "tasks": _words,
+}

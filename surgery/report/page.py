@@ -51,81 +51,55 @@ class Section:
     figure: str
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """A section before it is known whether there is evidence for it.
-
-    Attributes:
-        title: of the section.
-        source: where the paper has it.
-        figure: name of the file.
-        words: what the evidence says; nothing where it is missing.
-        draw: the figure, from the evidence, the ME Layer and the path.
-    """
-
-    title: str
-    source: str
-    figure: str
-    words: Callable[[Evidence, Emergence], str]
-    draw: Callable[[Evidence, int | None, Path], None]
-
-
-_PIECES = (
-    _Piece(
+# The sections after the first: title, where the paper has it, the figure's file, what the evidence
+# says (nothing where it is missing), and what draws it.
+_Piece = tuple[str, str, str, Callable[[Evidence, Emergence], str], Callable[..., None]]
+_PIECES: tuple[_Piece, ...] = (
+    (
         "Which part makes it jump",
         "§3.1, Fig. 1 and 2; Appendix H, Fig. 11 to 20",
         "parts.png",
         words.parts,
         plots.plot_parts,
     ),
-    _Piece(
+    (
         "Does the norm's gain favour the sink?",
         "§3.1, eq. 1 and 2; Fig. 3",
         "alignment.png",
         words.alignment,
         plots.plot_alignment,
     ),
-    _Piece(
-        "What the FFN does to the sink", "§3.1, eq. 3; Fig. 4", "ffn.png", words.ffn, plots.plot_ffn
-    ),
-    _Piece(
+    ("What the FFN does to the sink", "§3.1, eq. 3; Fig. 4", "ffn.png", words.ffn, plots.plot_ffn),
+    (
         "The same layer whatever the input?",
         "Appendix D; Fig. 5 a and 10",
         "stability.png",
         words.stability,
         plots.plot_stability,
     ),
-    _Piece(
+    (
         "The same direction whatever the input?",
         "§3.2, Fig. 5 b and c",
         "direction.png",
         words.direction,
         plots.plot_direction,
     ),
-    _Piece(
+    (
         "What remains without its parts",
         "Appendix B; Fig. 9",
         "knockouts.png",
         words.knockouts,
         plots.plot_knockouts,
     ),
-    _Piece(
-        "Attention on the sink",
-        "§6, Fig. 7",
-        "attention.png",
-        words.attention,
-        plots.plot_attention,
-    ),
-    _Piece(
+    ("Attention on the sink", "§6, Fig. 7", "attention.png", words.attention, plots.plot_attention),
+    (
         "Attention before and under the mask",
         "§6, Fig. 7 and 8",
         "heatmaps.png",
         words.heatmaps,
         plots.plot_heatmaps,
     ),
-    _Piece(
-        "What the mask does to the sink", "§4, eq. 4 and 5", "mask.png", words.mask, plots.plot_mask
-    ),
+    ("What the mask does to the sink", "§4, eq. 4 and 5", "mask.png", words.mask, plots.plot_mask),
 )
 
 
@@ -141,11 +115,11 @@ def sections(analysis: Analysis, folder: Path) -> list[Section]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a row without numbers stays empty in its figure
         plot_layers(emergence, folder / first, title=analysis.checkpoint.origin.name)
-        for piece in _PIECES:
-            text = piece.words(found, emergence)
+        for title, source, figure, say, draw in _PIECES:
+            text = say(found, emergence)
             if text:
-                piece.draw(found, emergence.layer, folder / piece.figure)
-                made.append(Section(piece.title, piece.source, text, piece.figure))
+                draw(found, emergence.layer, folder / figure)
+                made.append(Section(title, source, text, figure))
     return made
 
 
