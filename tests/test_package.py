@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 import tiny_models
 from script import run as run_program
+
+import surgery
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,7 +60,35 @@ def test_convert_from_the_wheel(installed: Path, tmp_path: Path) -> None:
     assert "WeMask" in (tmp_path / "out" / "README.md").read_text()
     recipes = run(
         "-c",
-        "from surgery.resources import resource_folder as f; "
+        "from surgery.files.resources import resource_folder as f; "
         "print(f('hub_cards').is_dir(), f('recipes').is_dir())",
     )
     assert recipes.stdout.split() == ["True", "True"]
+
+
+def test_public_names_are_the_same_for_type_checkers_and_at_run_time() -> None:
+    """What `TYPE_CHECKING` imports is what the table of lazy names holds, from the same modules."""
+    tree = ast.parse((ROOT / "surgery" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    imported = {
+        name.name: str(node.module).removeprefix("surgery.")
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+    assert imported == surgery._HOMES
+    assert set(surgery.__all__) == set(imported) <= set(dir(surgery))
+    for name in surgery.__all__:
+        assert getattr(surgery, name) is not None
+
+
+def test_gated_attention_is_where_the_cards_of_trained_models_say() -> None:
+    code = "import surgery; print(surgery.gated_attention.add_gates.__name__)"
+    done = run_program(sys.executable, "-c", code)
+    assert done.stdout.strip() == "add_gates", done.stderr
+
+
+def test_the_log_is_silent_until_asked_for() -> None:
+    code = "import logging, surgery; logging.getLogger('surgery.any').warning('heard')"
+    done = run_program(sys.executable, "-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
