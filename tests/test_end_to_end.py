@@ -120,12 +120,8 @@ def test_figures_of_the_method(subject: Patient, scope: str, select: str) -> Non
     mask = Mask(anatomy.hidden_size, select, 1.0, chosen)
     sinks, leaks = calibrate.sink_directions(model, anatomy, checkpoint, mask, calibration)
     weights = {
-        "norm": editing.EditedWeights(
-            model, checkpoint, make_edits(anatomy, mask, "norm")
-        ),
-        "sink": editing.EditedWeights(
-            model, checkpoint, make_edits(anatomy, mask, "sink", sinks)
-        ),
+        "norm": editing.EditedWeights(model, checkpoint, make_edits(anatomy, mask, "norm")),
+        "sink": editing.EditedWeights(model, checkpoint, make_edits(anatomy, mask, "sink", sinks)),
     }
     measured = quality.measure(
         model,
