@@ -11,7 +11,7 @@ from surgery.folds.calibrate import LeakWatcher
 from surgery.folds.editing import EditedWeights
 from surgery.folds.edits import Edit
 from surgery.folds.registry import FOLDS
-from surgery.measure.quality import Quality, measure, require_quality, unmodified
+from surgery.measure.quality import Measured, Quality, measure, require_quality, unmodified
 from surgery.method.mask import Mask
 from surgery.models.masking import wemask
 from surgery.patient.patient import Patient
@@ -75,7 +75,7 @@ def passes(patient: Patient, mask: Mask, quality: Quality, settings: Settings) -
 
 def _alternative(
     patient: Patient, mask: Mask, fold: Fold, tokens: int
-) -> tuple[str, Quality] | None:
+) -> tuple[str, Measured] | None:
     """How a fold that reaches fewer tokens does on the same text, for the error message."""
     other = next((one for one in FOLDS.values() if one.tokens == "first"), None)
     if fold.tokens == "first" or other is None:

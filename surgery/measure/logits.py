@@ -88,10 +88,10 @@ class Batch:
 
     def divergence_by_position(self, known: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
         """KL(known ‖ logs) in nats, summed over the sequences, [longest], float64."""
-        return sum(
-            kl(p, q).double().masked_fill(~real, 0.0)
-            for p, q, real in zip(known, logs, self.real, strict=True)
-        )
+        total = torch.zeros(self.real.shape[1], dtype=torch.float64, device=logs.device)
+        for p, q, real in zip(known, logs, self.real, strict=True):
+            total += kl(p, q).double().masked_fill(~real, 0.0)
+        return total
 
 
 def make_batches(
