@@ -132,15 +132,18 @@ def test_figures_are_those_of_the_gate(
         assert tuple(figures["target_layers"]) == targets
 
 
+@pytest.mark.parametrize(
+    "rates", [(0.3,), pytest.param((0.1, 0.3), marks=pytest.mark.full)], ids=["one", "two"]
+)
 def test_memory_changes_no_figure(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: tuple[float, ...]
 ) -> None:
     """What is kept in memory, and what is computed again where there is no room, are the same."""
     monkeypatch.setattr("surgery.quality.LOGITS_BUDGET", 200_000)  # several batches
 
     def figures(room: int) -> dict[Any, dict[str, Any]]:
         monkeypatch.setattr(scoring, "KEPT_NUMBERS", room)
-        options = {**FEW, "rates": (0.3,), "scopes": ("first",)}
+        options = {**FEW, "rates": rates, "scopes": ("first",)}
         found = surgery.sweep(model, output=tmp_path / str(room), **options)
         return {
             row.point: {**(row.figures or {}), "seconds": 0, "target_layers": None}
@@ -148,7 +151,7 @@ def test_memory_changes_no_figure(
         }
 
     kept = figures(scoring.KEPT_NUMBERS)
-    assert len(kept) == 6
+    assert len(kept) == 6 * len(rates)
     assert figures(0) == kept
 
 
@@ -321,17 +324,18 @@ def test_other_settings_are_refused(tiny, model: str, tmp_path: Path, run) -> No
     assert ended_trials(tmp_path / "out") == before
 
 
-def test_search(model: str, tmp_path: Path) -> None:
-    options = {**QUICK, "layer": 2, "trials": 4, "rates": (0.05, 0.5), "seed": 3}
+@pytest.mark.parametrize("trials", [4, pytest.param(6, marks=pytest.mark.full)])
+def test_search(model: str, tmp_path: Path, trials: int) -> None:
+    options = {**QUICK, "layer": 2, "trials": trials, "rates": (0.05, 0.5), "seed": 3}
     found = surgery.sweep(model, output=tmp_path / "a", **options)
-    assert len(found.rows) == 4
+    assert len(found.rows) == trials
     assert all(0.05 <= row.point.rate <= 0.5 for row in found.rows)
     assert len({row.point.rate for row in found.rows}) > 2
     again = surgery.sweep(model, output=tmp_path / "b", **options)
     assert [row.point for row in again.rows] == [row.point for row in found.rows]
-    more = surgery.sweep(model, output=tmp_path / "a", **{**options, "trials": 6})
+    more = surgery.sweep(model, output=tmp_path / "a", **{**options, "trials": trials + 2})
     assert {row.point for row in found.rows} < {row.point for row in more.rows}
-    assert len(more.rows) == 6
+    assert len(more.rows) == trials + 2
 
 
 # --------------------------------------------------------------------------------------------
@@ -423,8 +427,9 @@ def open_shared(folder: Path) -> SharedStudy:
     return SharedStudy(f"sqlite:///{folder / 'study.db'}", "s", SPACE, 0)
 
 
-def test_many_claimants(tmp_path: Path) -> None:
-    points = [{"rate": index} for index in range(12)]
+@pytest.mark.parametrize("amount", [12, pytest.param(40, marks=pytest.mark.full)])
+def test_many_claimants(tmp_path: Path, amount: int) -> None:
+    points = [{"rate": index} for index in range(amount)]
     claimed: list[int] = []
 
     def work() -> None:
@@ -440,10 +445,10 @@ def test_many_claimants(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(claimed) == list(range(12))
+    assert sorted(claimed) == list(range(amount))
     shared = open_shared(tmp_path)
     assert shared.progress().finished
-    assert [end.figures for end in shared.ended()] == [{"here": index} for index in range(12)]
+    assert [end.figures for end in shared.ended()] == [{"here": index} for index in range(amount)]
 
 
 def test_a_dead_worker_and_one_that_comes_back(
@@ -668,7 +673,7 @@ def test_one_of_three_workers_dies(
 ) -> None:
     """The others take over the point at which it died."""
     monkeypatch.setattr(study, "HEARTBEAT", 1)
-    monkeypatch.setattr(study, "GRACE", 3)
+    monkeypatch.setattr(study, "GRACE", 4)
     options = {**FEW, "selects": ("weight",)}
     dead = deadly(monkeypatch, tmp_path / "workers", workers=3)
     url = f"sqlite:///{tmp_path / 'shared.db'}"
