@@ -332,12 +332,19 @@ def test_the_older_transformers(
     assert old["perplexity"] == pytest.approx(new["perplexity"], rel=1e-4)
 
 
-def test_no_emergence_layer_is_1_2_or_28(subject: Subject) -> None:
-    found = surgery.analyze("demo").emergence
-    assert found.layer == EMERGENCE
-    assert found.counts == {EMERGENCE: len(found.votes)}
-    assert found.magnification > 100 > 10 * found.runner_up
-    assert {vote.position for vote in found.votes} == {0}
-    lengths = sorted(vote.tokens for vote in found.votes)
+def test_no_emergence_layer_is_1_2_or_28(typed: tuple[str, Path]) -> None:
+    """What the command found, by its manifest."""
+    found = json.loads((typed[1] / "surgery.json").read_text())["emergence"]
+    assert found["layer"] == EMERGENCE
+    assert {vote["layer"] for vote in found["votes"]} == {EMERGENCE}
+    assert found["magnification"] > 100 > 10 * found["runner_up"]
+    assert {vote["position"] for vote in found["votes"]} == {0}
+    lengths = sorted(vote["tokens"] for vote in found["votes"])
     assert lengths[0] <= 16
     assert lengths[-1] > 1000
+
+
+@pytest.mark.full
+def test_analyze_finds_what_convert_finds(typed: tuple[str, Path]) -> None:
+    found = json.loads((typed[1] / "surgery.json").read_text())["emergence"]
+    assert json.loads(json.dumps(surgery.analyze("demo").emergence.as_dict())) == found
