@@ -108,7 +108,7 @@ def test_on_the_hub_without_downloading(
         assert server.bytes_sent - sent < 100_000
 
 
-@pytest.mark.parametrize("family", ["gemma2", "mixtral"])
+@pytest.mark.parametrize("family", rest_in_full(["gemma2", "mixtral"], ["mixtral"]))
 def test_evidence_without_the_whole_model(
     family: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
