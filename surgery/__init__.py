@@ -27,14 +27,13 @@ if TYPE_CHECKING:
     from surgery.jobs.push import push
     from surgery.jobs.reproduce import reproduce
     from surgery.jobs.revert import revert
-    from surgery.jobs.sweep import Sweep, sweep
+    from surgery.jobs.sweep import sweep
     from surgery.jobs.verify import verify
     from surgery.measure.quality import Quality
     from surgery.method.locate import Emergence
     from surgery.method.mask import Mask
     from surgery.models.anatomy import Anatomy
-    from surgery.models.masking import weight_mask, wemask
-    from surgery.models.reference import masked
+    from surgery.models.masking import masked, weight_mask, wemask
     from surgery.outputs.checks import Verification
     from surgery.outputs.manifest import Manifest, read_manifest
     from surgery.outputs.pipeline import Conversion
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from surgery.patient.source import resolve
     from surgery.reporter import Reporter
     from surgery.settings import Settings
+    from surgery.sweeping.result import Sweep
 
 _HOMES = {
     "Analysis": "jobs.analyze",

@@ -32,7 +32,7 @@ from surgery.models.anatomy import Anatomy, effective_gain
 from surgery.models.families import MULTIMODAL, family_of
 from surgery.models.loading import load_model, load_tokenizer
 from surgery.models.observe import layer_norms, pad, sink_magnitudes
-from surgery.models.reference import masked
+from surgery.models.masking import masked
 from surgery.outputs.plan import make_plan
 from surgery.outputs.checks import verify_edits, verify_structure, verify_untouched
 from surgery.outputs.write import copy_plan

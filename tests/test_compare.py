@@ -567,7 +567,8 @@ def test_two_processes_score_as_one(
 @needs_harness
 @needs_data
 def test_a_shipped_group_takes_what_is_in_the_folder() -> None:
-    from surgery.measure.tasks import TaskSettings, load_tasks
+    from surgery.measure.task_settings import TaskSettings
+    from surgery.measure.task_loading import load_tasks
     from surgery.reporter import Reporter
 
     loaded = load_tasks(TaskSettings(("knowledge", "math"), data=str(SHARED)), Reporter())
@@ -584,7 +585,8 @@ def test_a_shipped_group_takes_what_is_in_the_folder() -> None:
 
 @needs_harness
 def test_a_yaml_file_and_a_folder_are_tasks(tmp_path: Path) -> None:
-    from surgery.measure.tasks import TaskSettings, load_tasks
+    from surgery.measure.task_settings import TaskSettings
+    from surgery.measure.task_loading import load_tasks
     from surgery.reporter import Reporter
 
     rows = tmp_path / "rows.jsonl"

@@ -24,7 +24,7 @@ from surgery.models import families
 from surgery.models.anatomy import Anatomy, describe, effective_gain
 from surgery.models.loading import load_model, load_tokenizer
 from surgery.models.observe import pad
-from surgery.models.reference import masked
+from surgery.models.masking import masked
 from surgery.models.trace import confirm, trace
 from surgery.patient import texts
 from surgery.patient.patient import examine

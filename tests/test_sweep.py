@@ -1,4 +1,4 @@
-"""Sweeps: figures equal to the gate's, an untouched model, and points that end exactly once."""
+"""Sweeps: figures equal to the gate's, an untouched model, and one result of every point."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 optuna = pytest.importorskip("optuna")
 
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
+
+from crash_points import KILLED, in_child  # noqa: E402
 from cut import LAYER, six_layer_cut  # noqa: E402
 from sqlalchemy import create_engine, text  # noqa: E402
 from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
@@ -33,15 +37,14 @@ from sqlalchemy.exc import SQLAlchemyError  # noqa: E402
 import surgery  # noqa: E402
 from surgery.errors import BadSettings, SurgeryError  # noqa: E402
 from surgery.folds import editing  # noqa: E402
-from surgery.jobs import convert as conversion  # noqa: E402
-from surgery.jobs import sweep as sweeping  # noqa: E402
 from surgery.measure import scoring  # noqa: E402
-from surgery.patient import analysis  # noqa: E402
+from surgery.measure.gate import measure_fold  # noqa: E402
+from surgery.patient.locating import choose_mask  # noqa: E402
 from surgery.patient.patient import Patient  # noqa: E402
-from surgery.reporter import SILENT  # noqa: E402
 from surgery.settings import Settings  # noqa: E402
-from surgery.sweeping import study  # noqa: E402
-from surgery.sweeping.queue import SharedStudy, Space  # noqa: E402
+from surgery.sweeping import queue, workers  # noqa: E402
+from surgery.sweeping.queue import Ended, Parameters, SharedStudy, Space  # noqa: E402
+from surgery.sweeping.result import front  # noqa: E402
 
 QUICK = {"check_tokens": 256, "calibration_tokens": 512}
 FEW = {**QUICK, "rates": (0.1, 0.3), "layer": 2}
@@ -74,7 +77,7 @@ def model(tiny) -> str:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process takes others for dead sooner than it would."""
-    monkeypatch.setattr(study, "GRACE", 5)
+    monkeypatch.setattr(queue, "GRACE", 5)
 
 
 # --------------------------------------------------------------------------------------------
@@ -82,21 +85,24 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 # --------------------------------------------------------------------------------------------
 
 
-def test_figures_are_those_of_the_gate(model: str, tmp_path: Path) -> None:
-    found = surgery.sweep(model, folds=("norm", "qkv", "sink"), output=tmp_path, **FEW)
-    assert len(found.rows) == 2 * 2 * 3 * 3
+@pytest.mark.parametrize(
+    "rates", [(0.3,), pytest.param((0.1, 0.3), marks=pytest.mark.full)], ids=["one", "two"]
+)
+def test_figures_are_those_of_the_gate(
+    model: str, tmp_path: Path, rates: tuple[float, ...]
+) -> None:
+    options = {**FEW, "rates": rates}
+    found = surgery.sweep(model, folds=("norm", "qkv", "sink"), output=tmp_path, **options)
+    assert len(found.rows) == len(rates) * 2 * 3 * 3
     common = Settings(model=model, layer=2, **QUICK)
-    subject = Subject(surgery.resolve(model), common, SILENT)
-    anatomy = analysis.examine(subject.checkpoint)
+    patient = Patient.admit(model, common.loading)
     for row in found.rows:
         settings = row.point.settings(common)
         targets = (3,) if row.point.scope == "first" else (3, 4, 5)
-        mask = analysis.choose_mask(subject, anatomy, targets, settings)
-        sinks = None
-        if row.point.fold == "sink":
-            sinks, _ = conversion.calibrate_sinks(subject, anatomy, mask, settings, SILENT)
-        edits = surgery.make_edits(anatomy, mask, row.point.fold, sinks)
-        quality, _ = conversion.measure_quality(subject, anatomy, mask, edits, settings, SILENT)
+        mask = choose_mask(patient, targets, settings.selection)
+        known = settings.fold_used.calibrate(patient, mask)
+        edits = settings.fold_used.edits(patient.anatomy, mask, known)
+        quality, _ = measure_fold(patient, mask, edits, known, settings.check_tokens)
         gate, figures = asdict(quality["folded"]), row.figures
         assert figures is not None
         for name in ("perplexity", "against_base", "kl_from_reference", "kl_from_base"):
@@ -106,30 +112,30 @@ def test_figures_are_those_of_the_gate(model: str, tmp_path: Path) -> None:
         assert tuple(figures["target_layers"]) == targets
 
 
-@pytest.mark.parametrize("room", [scoring.KEPT_NUMBERS, 0])
 def test_memory_changes_no_figure(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scoring, "KEPT_NUMBERS", room)
+    """What is kept in memory, and what is computed again where there is no room, are the same."""
     monkeypatch.setattr("surgery.measure.quality.LOGITS_BUDGET", 200_000)  # several batches
-    found = surgery.sweep(model, output=tmp_path, scopes=("first",), **FEW)
-    figures = {
-        row.point: {**(row.figures or {}), "seconds": 0, "target_layers": None}
-        for row in found.rows
-    }
-    assert len(figures) == 12
-    assert _SEEN.setdefault("figures", figures) == figures
 
+    def figures(room: int) -> dict[Any, dict[str, Any]]:
+        monkeypatch.setattr(scoring, "KEPT_NUMBERS", room)
+        found = surgery.sweep(model, output=tmp_path / str(room), scopes=("first",), **FEW)
+        return {
+            row.point: {**(row.figures or {}), "seconds": 0, "target_layers": None}
+            for row in found.rows
+        }
 
-_SEEN: dict[str, Any] = {}
+    kept = figures(scoring.KEPT_NUMBERS)
+    assert len(kept) == 12
+    assert figures(0) == kept
 
 
 @pytest.fixture
 def scorer(model: str) -> tuple[scoring.Scorer, Any]:
     common = Settings(model=model, layer=2, **QUICK)
-    subject = Subject(surgery.resolve(model), common, SILENT)
-    anatomy = analysis.examine(subject.checkpoint)
-    return scoring.Scorer(subject, anatomy, 2, common, None), subject
+    patient = Patient.admit(model, common.loading)
+    return scoring.Scorer(patient, 2, common, None), patient
 
 
 def test_the_model_is_restored(scorer: tuple[scoring.Scorer, Any]) -> None:
@@ -161,7 +167,7 @@ def test_a_model_that_is_not_restored_is_noticed(
 
 def test_front() -> None:
     places = [(1.0, 3.0), (2.0, 2.0), (2.0, 2.0), (2.0, 2.5), (3.0, 1.0), (3.0, 3.0)]
-    assert sweeping.front(places) == [True, True, True, False, True, False]
+    assert front(places) == [True, True, True, False, True, False]
 
 
 # --------------------------------------------------------------------------------------------
@@ -281,11 +287,10 @@ def test_other_settings_are_refused(tiny, model: str, tmp_path: Path, run) -> No
     # Other weights under the same name are noticed when there is something left to do.
     other = tmp_path / "elsewhere" / Path(model).name
     shutil.copytree(tiny("llama", layer=2, layers=6, seed=1), other)
-    unfinished = sorted((tmp_path / "out").glob("study.db"))[0]
-    loaded = optuna.load_study(study_name=f"{other.name}-sweep", storage=f"sqlite:///{unfinished}")
-    waiting = optuna.trial.TrialState.WAITING
-    loaded.add_trial(optuna.trial.create_trial(state=waiting, user_attrs={"index": 99}))
-    sentence = run("sweep", other, *words_of(options), "-q", "-o", tmp_path / "out").sentence()
+    options |= {"trials": 1}
+    run("sweep", model, *words_of(options), "-q", "-o", tmp_path / "out2").ok()
+    options |= {"trials": 2}
+    sentence = run("sweep", other, *words_of(options), "-q", "-o", tmp_path / "out2").sentence()
     assert "other weights" in sentence
     assert ended_trials(tmp_path / "out") == before
 
@@ -317,11 +322,11 @@ needs_tasks = pytest.mark.skipif(
 )
 
 
-@needs_demo
 @needs_tasks
-def test_tasks_on_six_layers_of_a_real_model(tmp_path: Path, run) -> None:
+@pytest.mark.parametrize("of", ["tiny", pytest.param("demo", marks=[pytest.mark.full, needs_demo])])
+def test_tasks_decide(model: str, tmp_path: Path, run, of: str) -> None:
     """Error on a task, equal to what `compare` finds on the written checkpoint."""
-    base = six_layer_cut(tmp_path / "base")
+    base = six_layer_cut(tmp_path / "base") if of == "demo" else model
     sampled = {"tasks": "wemask_piqa", "data": SHARED, "limit": 4, "batch_size": 4}
     # Half a model is too far off for `norm` to pass the gate of `convert`.
     options = {"layer": LAYER, "rates": (0.1, 0.3), "folds": "sink", "selects": "weight", **QUICK}
@@ -385,82 +390,89 @@ def test_whole_model(tmp_path: Path) -> None:
 # The study
 # --------------------------------------------------------------------------------------------
 
-SPACE = Space({"rate": tuple(range(40))}, search=False)
+
+def open_shared(folder: Path, points: int) -> SharedStudy:
+    rates = tuple(range(points))
+    space = Space({"rate": rates}, [{"rate": rate} for rate in rates])
+    return SharedStudy(f"sqlite:///{folder / 'study.db'}", "s", space, 0)
 
 
-def open_shared(folder: Path) -> SharedStudy:
-    return SharedStudy(f"sqlite:///{folder / 'study.db'}", "s", SPACE, 0)
+def test_many_workers(tmp_path: Path) -> None:
+    """They make the tables at once, and all points get one result each."""
+    asked: list[int] = []
 
-
-def test_many_claimants(tmp_path: Path) -> None:
-    points = [{"rate": index} for index in range(40)]
-    claimed: list[int] = []
+    def score(parameters: Parameters) -> Ended:
+        asked.append(parameters["rate"])
+        time.sleep(0.05)
+        return Ended(parameters, 1.0, {"here": parameters["rate"]})
 
     def work() -> None:
-        shared = open_shared(tmp_path)
-        shared.enqueue(points)
-        while (claim := shared.claim({})) is not None:
-            claimed.append(claim.index)
-            assert claim.parameters == {"rate": claim.index}
-            shared.complete(claim, 1.0, {"here": claim.index})
+        shared = open_shared(tmp_path, 40)
+        while not (progress := shared.look()).finished:
+            if progress.waiting:
+                shared.work(progress, score, {})
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(claimed) == list(range(40))
-    shared = open_shared(tmp_path)
-    assert shared.progress().finished
-    assert [end.figures for end in shared.ended()] == [{"here": index} for index in range(40)]
+    progress = open_shared(tmp_path, 40).look()
+    assert progress.finished
+    assert [end.figures for end in progress.ended] == [{"here": rate} for rate in range(40)]
+    assert set(asked) == set(range(40))
+    assert len(asked) < 60  # two that look at the same instant score the same point
 
 
 def test_a_dead_worker_and_one_that_comes_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "GRACE", 1)
-    shared = open_shared(tmp_path)
-    shared.enqueue([{"rate": 0}])
-    slow = shared.claim({})
-    assert slow is not None
-    assert shared.claim({}) is None
-    time.sleep(2.5)
-    other = shared.claim({})
-    assert other is not None
-    assert other.index == slow.index
-    shared.complete(slow, 1.0, {"by": "slow"})
-    assert not shared.progress().finished
-    shared.complete(other, 2.0, {"by": "other"})
-    shared.complete(slow, 1.0, {"by": "slow"})
-    assert [end.figures for end in shared.ended()] == [{"by": "other"}]
+    monkeypatch.setattr(queue, "HEARTBEAT", 60)
+    monkeypatch.setattr(queue, "GRACE", 1)
+    shared, other = open_shared(tmp_path, 1), open_shared(tmp_path, 1)
+
+    def slow(parameters: Parameters) -> Ended:
+        assert other.look().running == 1
+        time.sleep(2.5)
+        other.work(other.look(), lambda point: Ended(point, 2.0, {"by": "other"}), {})
+        return Ended(parameters, 1.0, {"by": "slow"})
+
+    shared.work(shared.look(), slow, {})
+    assert shared.look().finished
+    assert [end.figures for end in shared.look().ended] == [{"by": "other"}]
 
 
 def test_a_point_that_kills_is_given_up(tmp_path: Path) -> None:
-    shared = open_shared(tmp_path)
-    shared.enqueue([{"rate": 0}, {"rate": 1}])
-    for _ in range(study.ATTEMPTS + 2):  # handing back does not count
-        claim = shared.claim({"rate": 0})
-        assert claim is not None
-        with pytest.raises(KeyboardInterrupt), shared.alive(claim):
-            raise KeyboardInterrupt
-    for _ in range(study.ATTEMPTS):
-        claim = shared.claim({"rate": 0})
-        assert claim is not None
-        assert claim.index == 0
-        shared._storage.set_trial_state_values(claim.trial, optuna.trial.TrialState.FAIL)
-    claim = shared.claim({"rate": 0})
-    assert claim is not None
-    assert claim.index == 1
-    shared.give_up(claim, "for a reason")
-    assert shared.progress().finished
-    assert [end.error for end in shared.ended()] == [
-        f"the worker died at this point, {study.ATTEMPTS} times",
+    shared, database = open_shared(tmp_path, 2), f"sqlite:///{tmp_path / 'study.db'}"
+
+    def stops(_parameters: Parameters) -> Ended:
+        raise KeyboardInterrupt
+
+    for _ in range(queue.ATTEMPTS + 2):  # handing back does not count
+        with pytest.raises(KeyboardInterrupt):
+            shared.work(shared.look(), stops, {"rate": 0})
+    failed = {
+        "state": optuna.trial.TrialState.FAIL,
+        "params": {"rate": 0},
+        "distributions": {"rate": optuna.distributions.CategoricalDistribution((0, 1))},
+    }
+    for _ in range(queue.ATTEMPTS):
+        study = optuna.load_study(study_name="s", storage=database)
+        study.add_trial(optuna.trial.create_trial(**failed))
+    assert shared.work(shared.look(), stops, {"rate": 0}) == {"rate": 0}
+    cannot = lambda point: Ended(point, None, error="for a reason")  # noqa: E731
+    assert shared.work(shared.look(), cannot, {"rate": 0}) == {"rate": 1}
+    assert shared.look().finished
+    assert [end.error for end in shared.look().ended] == [
+        f"the worker died at this point, {queue.ATTEMPTS} times",
         "for a reason",
     ]
 
 
 # --------------------------------------------------------------------------------------------
-# Killed workers
+# Killed workers. By default they are forks of this process, which has imported everything already,
+# and die at a point that is known before; processes of their own, killed when they happen to be
+# busy, are for full runs.
 # --------------------------------------------------------------------------------------------
 
 
@@ -473,19 +485,24 @@ def load(url: str) -> Any:
     return optuna.load_study(study_name="tiny-llama-sweep", storage=storage_of(url))
 
 
-def completed(url: str) -> dict[int, tuple[int, Any]]:
-    """By point, the trial that completed it and when; each point at most once."""
+Point = tuple[tuple[str, Any], ...]
+
+
+def point_of(trial: Any) -> Point:
+    return tuple(sorted(trial.params.items()))
+
+
+def completed(url: str) -> dict[Point, tuple[int, Any]]:
+    """By point, the first trial that completed it, and when."""
     # optuna makes missing tables even where it only looks; a worker that makes them would fail.
     with create_engine(url).connect() as connection:
         if not connection.execute(text("select 1 from trials where state = 'COMPLETE'")).first():
             return {}
     trials = [t for t in load(url).trials if t.state == optuna.trial.TrialState.COMPLETE]
-    counts = Counter(trial.user_attrs["index"] for trial in trials)
-    assert set(counts.values()) <= {1}, counts
-    return {t.user_attrs["index"]: (t.number, t.datetime_complete) for t in trials}
+    return {point_of(t): (t.number, t.datetime_complete) for t in reversed(trials)}
 
 
-def ended_trials(folder: Path) -> dict[int, tuple[int, Any]]:
+def ended_trials(folder: Path) -> dict[Point, tuple[int, Any]]:
     return completed(f"sqlite:///{folder / 'study.db'}")
 
 
@@ -503,6 +520,7 @@ def until(condition: Callable[[], Any], seconds: float = 300) -> Any:
     raise AssertionError("this took too long")
 
 
+@pytest.mark.full
 def test_resume_after_a_kill(model: str, tmp_path: Path, impatient: None) -> None:
     url = f"sqlite:///{tmp_path / 'out' / 'study.db'}"
     words = [sys.executable, "-m", "surgery", "sweep", model, "-q", "-o", str(tmp_path / "out")]
@@ -517,16 +535,138 @@ def test_resume_after_a_kill(model: str, tmp_path: Path, impatient: None) -> Non
     assert 5 <= len(before) < POINTS
     found = surgery.sweep(model, output=tmp_path / "out", **MANY)
     after = completed(url)
-    assert set(after) == set(range(POINTS))
+    assert len(after) == POINTS
     assert {index: after[index] for index in before} == before
     assert len(found.rows) == POINTS
     assert all(row.error is None for row in found.rows)
 
 
-def kill_a_busy_worker(url: str) -> int:
-    """SIGKILL one worker in the middle of a point; the point's index."""
+class Forked:
+    """A worker of a sweep as `subprocess.Popen` starts it, but forked."""
 
-    def attempt() -> int | None:
+    def __init__(self, words: list[str], *, stdin: int, stdout: int, stderr: Any):
+        assert words[1:] == ["-c", "from surgery.sweeping.workers import serve; serve()"]
+        assert (stdin, stdout) == (subprocess.PIPE, subprocess.DEVNULL)
+        reader, writer = os.pipe()
+        self.returncode: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(writer)
+            sys.stdin, sys.stderr = os.fdopen(reader), stderr
+            code = 1
+            try:
+                workers.serve()
+                code = 0
+            except SystemExit as end:
+                code = int(end.code or 0)
+            finally:
+                stderr.flush()
+                os._exit(code)
+        os.close(reader)
+        self.stdin = os.fdopen(writer, "wb")
+
+    def poll(self) -> int | None:
+        return self._look(os.WNOHANG)
+
+    def wait(self) -> int | None:
+        return self._look(0)
+
+    def terminate(self) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+    def _look(self, how: int) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, how)
+            if ended:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of a sweep are forks of this process."""
+    known = {name: getattr(subprocess, name) for name in ("PIPE", "DEVNULL")}
+    monkeypatch.setattr(workers, "subprocess", SimpleNamespace(Popen=Forked, **known))
+
+
+def deadly(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *, workers: int = 1, after: int = 0
+) -> Path:
+    """Scoring once kills its process; the file that then holds the point's settings.
+
+    The first process to be asked for a point more than `after` dies, once all workers have a point.
+    """
+    folder.mkdir()
+    real, dead = scoring.Scorer.score, folder / "dead"
+
+    def score(self: scoring.Scorer, settings: Settings) -> scoring.Figures:
+        (folder / f"worker-{os.getpid()}").touch()
+        until(lambda: len(list(folder.glob("worker-*"))) >= workers)
+        asked[0] += 1
+        if asked[0] > after:
+            with suppress(FileExistsError), open(dead, "x") as file:
+                json.dump([getattr(settings, name) for name in ("rate", "scope", "fold")], file)
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, settings)
+
+    asked = [0]
+    monkeypatch.setattr(scoring.Scorer, "score", score)
+    return dead
+
+
+def require_one_died(url: str, dead: Path) -> None:
+    """Every point was completed, and the one at which a worker died was begun twice."""
+    # Without the trials that were left to another worker.
+    trials = [trial for trial in load(url).trials if "left" not in trial.user_attrs]
+    assert set(completed(url)) == {point_of(trial) for trial in trials}
+    names = ("rate", "scope", "fold")
+    lost = json.loads(dead.read_text())
+    found = [trial for trial in trials if [trial.params[name] for name in names] == lost]
+    failed, complete = optuna.trial.TrialState.FAIL, optuna.trial.TrialState.COMPLETE
+    assert [trial.state for trial in found] == [failed, complete]
+    assert [trial.state for trial in trials].count(failed) == 1
+
+
+def test_a_sweep_that_dies_goes_on(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed within a point: that one and what was left are scored, and nothing else."""
+    monkeypatch.setattr(queue, "GRACE", 1)
+    out, url = tmp_path / "out", f"sqlite:///{tmp_path / 'out' / 'study.db'}"
+    options = {**FEW, "selects": ("weight",)}
+    dead = deadly(monkeypatch, tmp_path / "workers", after=3)
+    assert in_child(lambda: surgery.sweep(model, output=out, **options) and None) == KILLED
+    before = completed(url)
+    assert len(before) == 3
+    found = surgery.sweep(model, output=out, **options)
+    after = completed(url)
+    assert len(after) == 8
+    assert {index: after[index] for index in before} == before
+    assert [row.error for row in found.rows] == [None] * 8
+    require_one_died(url, dead)
+
+
+def test_one_of_three_workers_dies(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forked: None
+) -> None:
+    """The others take over the point at which it died."""
+    monkeypatch.setattr(queue, "HEARTBEAT", 1)
+    monkeypatch.setattr(queue, "GRACE", 3)
+    options = {**FEW, "selects": ("weight",)}
+    dead = deadly(monkeypatch, tmp_path / "workers", workers=3)
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    found = surgery.sweep(model, output=tmp_path / "out", storage=url, jobs=3, **options)
+    assert [row.error for row in found.rows] == [None] * 8
+    require_one_died(url, dead)
+    assert len({trial.user_attrs.get("worker") for trial in load(url).trials} - {None}) == 3
+
+
+def kill_a_busy_worker(url: str) -> Point:
+    """SIGKILL one worker in the middle of a point; the point."""
+
+    def attempt() -> Point | None:
         running = [
             trial
             for trial in load(url).get_trials(deepcopy=False)
@@ -543,10 +683,10 @@ def kill_a_busy_worker(url: str) -> int:
             finally:
                 os.kill(pid, signal.SIGKILL if still else signal.SIGCONT)
             if still:
-                return 1 + int(trial.user_attrs["index"])
+                return point_of(trial)
         return None
 
-    return int(until(attempt)) - 1
+    return tuple(until(attempt))
 
 
 @contextmanager
@@ -587,6 +727,7 @@ def postgresql() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
 def test_three_workers_one_killed(model: str, tmp_path: Path, impatient: None, kind: str) -> None:
     @contextmanager
@@ -594,7 +735,7 @@ def test_three_workers_one_killed(model: str, tmp_path: Path, impatient: None, k
         yield f"sqlite:///{tmp_path / 'shared.db'}"
 
     with (postgresql if kind == "postgresql" else sqlite)() as storage:
-        url = study.database(storage)
+        url = queue.database(storage)
         storage_of(url)  # this test looks on from the start, without the lock
         found: list[surgery.Sweep] = []
 
@@ -608,8 +749,12 @@ def test_three_workers_one_killed(model: str, tmp_path: Path, impatient: None, k
         killed = kill_a_busy_worker(url)
         thread.join(timeout=300)
         assert not thread.is_alive()
-        assert set(completed(url)) == set(range(POINTS))
-        trials = [trial for trial in load(url).trials if trial.user_attrs["index"] == killed]
+        assert len(completed(url)) == POINTS
+        trials = [
+            trial
+            for trial in load(url).trials
+            if point_of(trial) == killed and "left" not in trial.user_attrs
+        ]
         assert [trial.state for trial in trials] == [
             optuna.trial.TrialState.FAIL,
             optuna.trial.TrialState.COMPLETE,
@@ -618,7 +763,10 @@ def test_three_workers_one_killed(model: str, tmp_path: Path, impatient: None, k
         assert [row.error for row in found[0].rows] == [None] * POINTS
 
 
-def test_all_workers_fail(tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["forked", pytest.param("started", marks=pytest.mark.full)])
+def test_all_workers_fail(tiny, tmp_path: Path, request: pytest.FixtureRequest, kind: str) -> None:
+    if kind == "forked":
+        request.getfixturevalue("forked")
     with pytest.raises(SurgeryError, match="no Massive Emergence Layer"):
         surgery.sweep(
             str(tiny("llama", planted=False)), output=tmp_path, jobs=2, rates=(0.1,), **QUICK
@@ -627,5 +775,5 @@ def test_all_workers_fail(tiny, tmp_path: Path) -> None:
 
 def test_storage_names_are_checked() -> None:
     with pytest.raises(BadSettings, match="needs a file"):
-        study.database("sqlite://")
-    assert study.database("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"
+        queue.database("sqlite://")
+    assert queue.database("sqlite:////tmp/x.db") == "sqlite:////tmp/x.db"

@@ -22,7 +22,8 @@ from surgery.files.digests import file_sha256
 from surgery.folds.edits import Columns, Gain
 from surgery.models.loading import load_model
 from surgery.outputs import checks as verification
-from surgery.outputs.behaviour import Batch, divergence, equal, near_reference, stock_load
+from surgery.outputs.behaviour import Batch, equal, near_reference, stock_load
+from surgery.measure.logits import divergence
 from surgery.outputs.checks import (
     Check,
     Verification,

@@ -125,7 +125,9 @@ def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     """
     from surgery.commands.tables import sweep_table
     from surgery.commands.terminal import Terminal, print_json, safe
-    from surgery.jobs.sweep import FIGURE, RESULTS, sweep
+    from surgery.files.generated import FIGURE
+    from surgery.jobs.sweep import sweep
+    from surgery.sweeping.result import RESULTS
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
     try:

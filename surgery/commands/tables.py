@@ -19,8 +19,8 @@ from surgery.outputs.plan import Plan, RemotePlan
 if TYPE_CHECKING:
     from surgery.files.checkpoint import Checkpoint
     from surgery.folds.edits import Edit
-    from surgery.jobs.sweep import Sweep
-    from surgery.measure.probe import Evidence
+    from surgery.measure.evidence import Evidence
+    from surgery.sweeping.result import Sweep
 
 
 def tables(result: Any) -> Iterator[RenderableType]:

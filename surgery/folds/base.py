@@ -77,6 +77,10 @@ class Fold(ABC):
         """Measure on the patient what the edits need."""
         return Calibration()
 
+    def touched(self, anatomy: Anatomy, mask: Mask) -> list[str]:
+        """The model's parameters that the edits change, known before anything is measured."""
+        return [edit.parameter for edit in self.edits(anatomy, mask)]
+
     @abstractmethod
     def layer_edits(
         self, anatomy: Anatomy, mask: Mask, layer: int, calibration: Calibration

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from surgery.folds.base import Calibration, Fold
+from surgery.folds.base import Calibration, Fold, readers
 from surgery.folds.edits import Edit
 from surgery.folds.rank_one import rank_one_edits
 from surgery.method.mask import Mask
@@ -38,6 +38,9 @@ class Sink(Fold):
         from surgery.folds.calibrate import calibrate  # imports torch
 
         return calibrate(patient, mask)
+
+    def touched(self, anatomy: Anatomy, mask: Mask) -> list[str]:
+        return [name for layer in mask.layers for _, name in readers(anatomy, layer)]
 
     def layer_edits(
         self, anatomy: Anatomy, mask: Mask, layer: int, calibration: Calibration

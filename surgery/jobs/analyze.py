@@ -17,7 +17,7 @@ from surgery.reporter import SILENT, Reporter
 from surgery.settings import Settings
 
 if TYPE_CHECKING:
-    from surgery.measure.probe import Evidence
+    from surgery.measure.evidence import Evidence
     from surgery.models.stream import Streamed
 
 # Checkpoints above this size (bytes) are analysed layer by layer instead of being loaded whole.
@@ -124,7 +124,7 @@ def _lent_evidence(
 
 def _evidence(patient: Patient, model: Any, emergence: Emergence, settings: Settings) -> Evidence:
     """What the paper measures to explain an ME Layer; see `surgery.measure.probe`."""
-    from surgery.measure.probe import gather, steps  # imports torch
+    from surgery.measure.evidence import gather, steps  # imports torch
 
     prompts = patient.prompts()
     mask = None

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 
 from surgery.errors import QualityGate
+from surgery.measure.logits import make_batches, perplexity
 from surgery.models.anatomy import Anatomy
-from surgery.models.observe import decoder_layers, hooked, pad
-
-# Logits of one batch stay below about this many numbers.
-LOGITS_BUDGET = 64_000_000
+from surgery.models.discovery import decoder_layers
+from surgery.models.observe import hooked
 
 Variant = Callable[[], AbstractContextManager[None]]
 
@@ -88,58 +87,6 @@ class SharedPrefix:
                 layer.__dict__.pop("forward", None)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Padded sequences on the model's device. real: bool, False at padding. targets: next tokens.
-
-    All are [sequences, longest], the targets one token shorter.
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    real: torch.Tensor
-    targets: torch.Tensor
-
-    @property
-    def positions(self) -> int:
-        """Tokens that are not padding."""
-        return int(self.real.sum())
-
-    @property
-    def predicted(self) -> int:
-        """Tokens that some other token predicts."""
-        return int(self.real[:, 1:].sum())
-
-    def log_probabilities(self, model: Any) -> torch.Tensor:
-        """The model's log-probabilities in float32, [sequences, longest, vocabulary]."""
-        logits = model(input_ids=self.ids, attention_mask=self.mask, use_cache=False).logits
-        return logits.float().log_softmax(-1)
-
-    def loss(self, logs: torch.Tensor) -> float:
-        """Negative log-likelihood of all predicted tokens, in nats, summed."""
-        found = logs[:, :-1].gather(-1, self.targets.unsqueeze(-1))[self.real[:, 1:]]
-        return -float(found.double().sum())
-
-    def divergence(self, known: torch.Tensor, logs: torch.Tensor) -> float:
-        """KL(known ‖ logs) in nats, summed over the positions."""
-        if known is logs:
-            return 0.0
-        # One sequence at a time: whole batches would need three times their memory here.
-        return sum(
-            float((p.exp() * (p - q)).sum(-1)[real].double().sum())
-            for p, q, real in zip(known, logs, self.real, strict=True)
-        )
-
-
-def make_batches(
-    sequences: Sequence[Sequence[int]], vocabulary: int, device: torch.device
-) -> Iterator[Batch]:
-    """Sequences of similar length together, on a device."""
-    for batch in batches(sequences, vocabulary):
-        ids, mask = (part.to(device) for part in pad(batch))
-        yield Batch(ids, mask, mask.bool(), ids[:, 1:])
-
-
 def measure(
     model: Any,
     anatomy: Anatomy,
@@ -196,31 +143,14 @@ def measured(
     """A variant's figures from the summed losses of variant and base over `predicted` tokens."""
     if name == "base":
         # KL(reference ‖ base) is not measured: base runs before the reference exists.
-        return Measured(name, _exp(base / predicted), 0.0, math.nan, 0.0)
+        return Measured(name, perplexity(base / predicted), 0.0, math.nan, 0.0)
     return Measured(
         name=name,
-        perplexity=_exp(loss / predicted),
-        against_base=_exp((loss - base) / predicted) - 1.0,
+        perplexity=perplexity(loss / predicted),
+        against_base=perplexity((loss - base) / predicted) - 1.0,
         kl_from_reference=kl_from_reference,
         kl_from_base=kl_from_base,
     )
-
-
-def _exp(value: float) -> float:
-    return math.exp(min(value, 700.0))
-
-
-def batches(sequences: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list[Sequence[int]]]:
-    """Sequences of similar length together, as many as the logits' memory allows."""
-    budget = max(1, LOGITS_BUDGET // vocabulary)
-    batch: list[Sequence[int]] = []
-    for sequence in sorted(sequences, key=len, reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0]) > budget:
-            yield batch
-            batch = []
-        batch.append(sequence)
-    if batch:
-        yield batch
 
 
 def unmodified() -> AbstractContextManager[None]:

@@ -18,20 +18,22 @@ import torch
 from numpy.typing import NDArray
 
 from surgery.errors import SurgeryError
+from surgery.folds.base import Calibration
 from surgery.folds.calibrate import sink_directions
-from surgery.folds.editing import EditedWeights, parameter_of
-from surgery.folds.edits import Edit, SinkDirection
-from surgery.folds.registry import make_edits
-from surgery.measure.quality import Batch, SharedPrefix, make_batches, measured, unmodified
+from surgery.folds.editing import EditedWeights
+from surgery.folds.edits import SinkDirection
+from surgery.measure.logits import Batch, make_batches
+from surgery.measure.quality import SharedPrefix, measured, unmodified
 from surgery.method.mask import Mask, attention_targets
-from surgery.models.anatomy import Anatomy
+from surgery.models.masking import masked
 from surgery.models.observe import sink_magnitudes
-from surgery.models.reference import masked
 from surgery.patient.locating import choose_mask
+from surgery.patient.patient import Patient
 from surgery.settings import Settings
 
 if TYPE_CHECKING:
-    from surgery.measure.tasks import TaskRow, TaskScorer
+    from surgery.measure.task_scores import TaskRow
+    from surgery.measure.tasks import TaskScorer
 
 # Log-probabilities of base, and of the reference, that are kept: so many numbers each.
 KEPT_NUMBERS = 256_000_000
@@ -122,8 +124,7 @@ class Scorer:
 
     def __init__(
         self,
-        subject: Subject,
-        anatomy: Anatomy,
+        patient: Patient,
         layer: int,
         common: Settings,
         text: str | None,
@@ -131,18 +132,19 @@ class Scorer:
     ) -> None:
         """layer: the ME Layer. common: everything but the settings that are swept."""
         self._tasks = tasks
-        self._subject, self._anatomy, self._common, self._layer = subject, anatomy, common, layer
-        model = subject.model
-        self._every_target = attention_targets(layer, anatomy.attends, "all")
+        self._patient, self._anatomy = patient, patient.anatomy
+        self._common, self._layer = common, layer
+        model = patient.model
+        self._every_target = attention_targets(layer, self._anatomy.attends, "all")
         stop = self._every_target[0]
-        sequences = heldout_windows(subject, common.check_tokens, text=text)
+        sequences = patient.held_out(common.check_tokens, text=text)
         device = next(model.parameters()).device
         vocabulary = model.config.get_text_config().vocab_size
         self._batches = list(make_batches(sequences, vocabulary, device))
         self._positions = sum(batch.positions for batch in self._batches)
         self._predicted = sum(batch.predicted for batch in self._batches)
-        self._prefix = SharedPrefix(model, anatomy, stop)
-        self._calibration_prefix = SharedPrefix(model, anatomy, stop)
+        self._prefix = SharedPrefix(model, self._anatomy, stop)
+        self._calibration_prefix = SharedPrefix(model, self._anatomy, stop)
         self._calibrated = False
         self._base = Kept(self._base_logs, self._batches)
         self._reference: tuple[Mask, Kept] | None = None
@@ -155,15 +157,16 @@ class Scorer:
     def score(self, settings: Settings) -> Figures:
         """The figures that the quality gate of `convert` would show for these settings."""
         start = time.perf_counter()
-        model, checkpoint = self._subject.model, self._subject.checkpoint
+        model, checkpoint = self._patient.model, self._patient.plain
         targets = attention_targets(self._layer, self._anatomy.attends, settings.scope)
-        mask = choose_mask(self._subject, self._anatomy, targets, settings, self._ranks(settings))
-        plain = make_edits(self._anatomy, mask, "qkv" if settings.fold == "sink" else settings.fold)
-        self._remember(plain)  # the tensors alone count here, and sink edits those of qkv
-        edits = plain
-        if settings.fold == "sink":
-            edits = make_edits(self._anatomy, mask, "sink", self._sinks(mask))
-        weights = EditedWeights(model, self._anatomy, checkpoint, edits)
+        ranks = self._ranks(settings)
+        mask = choose_mask(self._patient, targets, settings.selection, ranks)
+        fold = settings.fold_used
+        touched = fold.touched(self._anatomy, mask)
+        self._remember(touched)
+        calibration = Calibration(self._sinks(mask)) if fold.calibrates else Calibration()
+        edits = fold.edits(self._anatomy, mask, calibration)
+        weights = EditedWeights(model, checkpoint, edits)
         reference = self._reference_of(mask)
         loss = from_reference = from_base = 0.0
         for number, batch in enumerate(self._batches):
@@ -174,7 +177,7 @@ class Scorer:
             del known
             from_reference += batch.divergence(reference.logs(number), logs)
         rows = self._tasks.score(weights.active) if self._tasks is not None else ()
-        self._require_restored(plain)
+        self._require_restored(touched)
         base, predicted, positions = self._base.loss, self._predicted, self._positions
         folded = measured(
             "folded", loss, base, predicted, from_reference / positions, from_base / positions
@@ -197,18 +200,18 @@ class Scorer:
 
     def require_untouched(self) -> None:
         """Raise Touched unless every parameter holds the bytes it held at the start."""
-        if hash_parameters(self._subject.model) != self.parameters:
+        if hash_parameters(self._patient.model) != self.parameters:
             raise Touched
 
     def _run(self, number: int, variant: Context) -> torch.Tensor:
         with torch.inference_mode(), variant(), self._prefix.replay(number):
-            return self._batches[number].log_probabilities(self._subject.model)
+            return self._batches[number].log_probabilities(self._patient.model)
 
     def _base_logs(self, number: int) -> torch.Tensor:
         if number in self._recorded:
             return self._run(number, unmodified)
         with torch.inference_mode(), self._prefix.record(number):
-            logs = self._batches[number].log_probabilities(self._subject.model)
+            logs = self._batches[number].log_probabilities(self._patient.model)
         self._recorded.add(number)
         return logs
 
@@ -217,7 +220,7 @@ class Scorer:
 
             def make(number: int) -> torch.Tensor:
                 return self._run(
-                    number, lambda: masked(self._subject.model, self._anatomy, mask, "first")
+                    number, lambda: masked(self._patient.model, self._anatomy, mask, "first")
                 )
 
             self._reference = None  # the old one's memory is free before the new one's is needed
@@ -228,10 +231,10 @@ class Scorer:
         """What `activation` ranks by, the same for every rate and scope."""
         if settings.select == "activation" and self._magnitudes is None:
             self._magnitudes = sink_magnitudes(
-                self._subject.model,
+                self._patient.model,
                 self._anatomy,
                 self._every_target,
-                calibration_windows(self._subject, self._common),
+                self._patient.calibration(),
             )
         return self._magnitudes if settings.select == "activation" else None
 
@@ -253,26 +256,24 @@ class Scorer:
         prefix = self._calibration_prefix
         with prefix.replay() if self._calibrated else prefix.record():
             directions, _ = sink_directions(
-                self._subject.model,
+                self._patient.model,
                 self._anatomy,
-                self._subject.checkpoint,
+                self._patient.plain,
                 mask,
-                calibration_windows(self._subject, self._common),
+                self._patient.calibration(),
             )
         self._calibrated = True
         return directions
 
-    def _remember(self, edits: tuple[Edit, ...]) -> None:
-        """Sums of the tensors that are about to be edited for the first time."""
-        for edit in edits:
-            if edit.tensor not in self._sums:
-                parameter = parameter_of(self._subject.model, self._anatomy, edit)
-                self._sums[edit.tensor] = sum_of_bytes(parameter)
+    def _remember(self, touched: Sequence[str]) -> None:
+        """Sums of the parameters that are about to be edited for the first time."""
+        for name in touched:
+            if name not in self._sums:
+                self._sums[name] = sum_of_bytes(self._patient.model.get_parameter(name))
 
-    def _require_restored(self, edits: tuple[Edit, ...]) -> None:
-        for edit in edits:
-            parameter = parameter_of(self._subject.model, self._anatomy, edit)
-            if sum_of_bytes(parameter) != self._sums[edit.tensor]:
+    def _require_restored(self, touched: Sequence[str]) -> None:
+        for name in touched:
+            if sum_of_bytes(self._patient.model.get_parameter(name)) != self._sums[name]:
                 raise Touched
 
 

@@ -28,7 +28,7 @@ from surgery.outputs.base import (
     refuse_undo_file,
     require_low_rank,
 )
-from surgery.outputs.behaviour import Batch, divergence, masked_logits, near_reference
+from surgery.outputs.behaviour import Batch, masked_logits, near_reference
 from surgery.outputs.checks import Check, Verification, checked, verify_files
 from surgery.outputs.describe import FileComparison, compare_files, describe, hashed
 from surgery.outputs.low_rank import Term, base_name, size_of, terms_of
@@ -202,6 +202,7 @@ def _behaviour(patient: Patient, mask: Mask, edits: Sequence[Edit], folder: Path
     from peft import PeftModel  # imports torch
 
     from surgery.folds.editing import edited
+    from surgery.measure.logits import divergence
     from surgery.models.loading import quiet
 
     patient.reporter.say("Verifying")

@@ -119,6 +119,8 @@ def equal(logits: Any, reference: Any, dtype: str, *, rounded: bool) -> Check:
 
 def near_reference(logits: Any, reference: Any, base: Any) -> Check:
     """Logits that approximate the paper's mask, and how much nearer they are than the base's."""
+    from surgery.measure.logits import divergence  # imports torch
+
     distance = divergence(reference, logits)
     return Check(
         "logits against the paper's mask (hook on the first token)",
@@ -126,9 +128,3 @@ def near_reference(logits: Any, reference: Any, base: Any) -> Check:
         f"KL(reference ‖ this) {distance:.2e} nats per token; "
         f"KL(reference ‖ base) {divergence(reference, base):.2e}",
     )
-
-
-def divergence(known: Any, other: Any) -> float:
-    """KL(known ‖ other) in nats per token, of logits [tokens, vocabulary]."""
-    logs, others = known.float().log_softmax(-1), other.float().log_softmax(-1)
-    return float((logs.exp() * (logs - others)).sum(-1).double().mean())

@@ -17,7 +17,8 @@ from surgery.errors import BadSettings, NoEmergence, SurgeryError
 from surgery.files.resources import resource_folder
 from surgery.files.staging import replacing
 from surgery.jobs.analyze import Analysis, analyze
-from surgery.measure.probe import HEATMAP_TOKENS, Evidence
+from surgery.measure.attention import HEATMAP_TOKENS
+from surgery.measure.evidence import Evidence
 from surgery.method.locate import IGNORED_LAST_LAYERS, Emergence
 from surgery.outputs.manifest import clean_numbers, tool_version, versions
 from surgery.outputs.plan import existing_parent

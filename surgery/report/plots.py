@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +13,9 @@ import numpy as np
 from surgery.method.locate import Emergence
 
 if TYPE_CHECKING:
-    from surgery.jobs.sweep import Row, Sweep
-    from surgery.measure.probe import AttentionEvidence, Evidence, PromptTrace
+    from surgery.measure.attention import AttentionEvidence
+    from surgery.measure.evidence import Evidence
+    from surgery.measure.traces import PromptTrace
 
 # Okabe and Ito's palette.
 SINK, OTHERS, MARK = "#D55E00", "#0072B2", "#009E73"
@@ -121,7 +123,7 @@ def plot_parts(evidence: Evidence, layer: int | None, path: Path) -> None:
 
 
 def _sink_and_others(axes: Any, traces: Sequence[PromptTrace], name: str) -> None:
-    from surgery.measure.probe import by_layer
+    from surgery.measure.evidence import by_layer
 
     def curve(reduce: Any) -> Any:
         found = by_layer(traces, lambda trace: reduce(getattr(trace, name), trace.sink))
@@ -343,15 +345,36 @@ _SELECT_LINES = {"weight": ("-", "o"), "activation": ("--", "s"), "random": (":"
 _SCOPES = {"first": "first layer after the ME Layer", "all": "all layers after the ME Layer"}
 
 
-def plot_sweep(sweep: Sweep, path: Path) -> None:
+@dataclass(frozen=True)
+class SweptPoint:
+    """A point of a sweep that has a score.
+
+    Attributes:
+        rate, scope, fold, select, strength: its settings.
+        score: lower is better.
+        on_front: whether a ring marks it, as a point on the Pareto front.
+    """
+
+    rate: float
+    scope: str
+    fold: str
+    select: str
+    strength: float
+    score: float
+    on_front: bool
+
+
+def plot_sweep(points: Sequence[SweptPoint], path: Path, *, base: float | None, words: str) -> None:
     """Score over rate: a panel per scope and strength, a line per fold and selection.
 
-    A ring marks the points on the Pareto front.
+    Args:
+        points: in any order.
+        path: of the PNG.
+        base: the score of the model as it is; None where that has none.
+        words: what the score is, with its unit.
     """
-    from surgery.jobs.sweep import SCORES
-
-    rows = sorted((row for row in sweep.rows if row.score is not None), key=lambda r: r.point.rate)
-    panels = sorted({(r.point.strength, r.point.scope) for r in rows}, key=lambda p: (p[0], p[1]))
+    rows = sorted(points, key=lambda point: point.rate)
+    panels = sorted({(row.strength, row.scope) for row in rows}, key=lambda p: (p[0], p[1]))
     panels.sort(key=lambda panel: panel[1] != "first")
     several = len({strength for strength, _ in panels}) > 1
     columns = min(2, len(panels))
@@ -361,31 +384,31 @@ def plot_sweep(sweep: Sweep, path: Path) -> None:
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for (strength, scope), axes in zip(panels, grid.flat, strict=False):
-            if sweep.base_score is not None:
-                axes.axhline(sweep.base_score, color="0.5", linewidth=1.5, label="base")
+            if base is not None:
+                axes.axhline(base, color="0.5", linewidth=1.5, label="base")
             _sweep_lines(
                 axes,
-                [r for r in rows if (r.point.strength, r.point.scope) == (strength, scope)],
+                [row for row in rows if (row.strength, row.scope) == (strength, scope)],
             )
             axes.set_title(_SCOPES[scope] + (f", strength {strength:g}" if several else ""))
             axes.set_xlabel("rate: share of dimensions masked")
             axes.grid(axis="y", alpha=0.3)
         for line in grid:
-            line[0].set_ylabel(SCORES[sweep.score][1])
+            line[0].set_ylabel(words)
         _legend(figure, grid[0][0], 4)
 
 
-def _sweep_lines(axes: Any, rows: Sequence[Row]) -> None:
-    """The lines of one panel; rows in the order of their rates, each with a score."""
+def _sweep_lines(axes: Any, rows: Sequence[SweptPoint]) -> None:
+    """The lines of one panel; rows in the order of their rates."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     for fold, colour in _FOLD_COLOURS.items():
         for select, (line, marker) in _SELECT_LINES.items():
-            chosen = [r for r in rows if (r.point.fold, r.point.select) == (fold, select)]
+            chosen = [row for row in rows if (row.fold, row.select) == (fold, select)]
             if not chosen:
                 continue
             axes.plot(
-                [row.point.rate for row in chosen],
+                [row.rate for row in chosen],
                 [row.score for row in chosen],
                 color=colour,
                 linestyle=line,
@@ -395,7 +418,7 @@ def _sweep_lines(axes: Any, rows: Sequence[Row]) -> None:
             )
     ringed = [row for row in rows if row.on_front]
     axes.plot(
-        [row.point.rate for row in ringed],
+        [row.rate for row in ringed],
         [row.score for row in ringed],
         linestyle="none",
         marker="o",
@@ -404,12 +427,12 @@ def _sweep_lines(axes: Any, rows: Sequence[Row]) -> None:
         color="black",
         label="on the Pareto front",
     )
-    rates = list(dict.fromkeys(row.point.rate for row in rows))
+    rates = list(dict.fromkeys(row.rate for row in rows))
     shown = rates if len(rates) <= 8 else [rates[0], rates[len(rates) // 2], rates[-1]]
     axes.set_xscale("log")
     axes.set_xticks(shown, [f"{rate:g}" for rate in shown])
     axes.xaxis.set_minor_locator(NullLocator())
-    scores = [row.score for row in rows if row.score is not None]
+    scores = [row.score for row in rows]
     if min(scores) > 0 and max(scores) > 5 * min(scores):
         axes.set_yscale("log")
         wide = max(scores) > 1e4 * min(scores)

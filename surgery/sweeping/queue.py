@@ -19,6 +19,7 @@ import operator
 import os
 import random
 import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,7 +129,7 @@ class SharedStudy:
         """
         self.url, self.name = database(url), name
         self._space, self._seed = space, seed
-        self._study = _open(self.url, name)
+        self._study, self._beat = _open(self.url, name)
 
     # ----------------------------------------------------------------------------------------
     # What the study is about
@@ -188,23 +189,23 @@ class SharedStudy:
         ended = [results[key] for key, _ in points if key in results]
         return Progress(ended, len(points) - len(ended) - len(waiting), waiting)
 
-    def work(self, score: Callable[[Parameters], Ended], like: Parameters) -> Parameters | None:
+    def work(
+        self, progress: Progress, score: Callable[[Parameters], Ended], like: Parameters
+    ) -> Parameters:
         """Score a waiting point, unless it turns out to need no work or to have a worker.
 
         Args:
+            progress: of the last look, with at least one point that waits.
             score: ends the point of these parameters. What it raises is raised here, and the point
                 waits again.
             like: parameters that the point should share if possible, because the worker has what
                 they need in memory.
 
         Returns:
-            The point's parameters; None where none waits.
+            The point's parameters.
         """
         import optuna
 
-        progress = self.look()
-        if not progress.waiting:
-            return None
         # Beside others not the next one in order, which they want too.
         first = random.choice if progress.running else operator.itemgetter(0)
         near = [one for one in progress.waiting if like.items() <= one.items()]
@@ -220,7 +221,9 @@ class SharedStudy:
             end = None
             try:
                 parameters = self._space.suggest(trial)
-                # Last, when optuna's heart beats for it: a trial without a worker blocks nothing.
+                # A trial blocks a point from here on, so its end must be noticed: optuna fails none
+                # whose worker died before the first heartbeat.
+                self._beat.wait(GRACE)
                 trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
                 trials = self._study.get_trials(deepcopy=False)[: trial.number]
                 twins = [twin for twin in trials if twin.params == parameters]
@@ -237,6 +240,7 @@ class SharedStudy:
                 return end.score
             return math.nan  # which fails the trial
 
+        self._beat.clear()
         # optuna's errors where somebody took this worker for dead and ended its trial.
         with suppress(ValueError, RuntimeError):
             self._study.optimize(objective, n_trials=1)
@@ -245,8 +249,8 @@ class SharedStudy:
         return parameters
 
 
-def _open(url: str, name: str) -> optuna.Study:
-    """The study of that name, made where there is none."""
+def _open(url: str, name: str) -> tuple[optuna.Study, threading.Event]:
+    """The study of that name, made where there is none, and what is set by each heartbeat."""
     try:
         import optuna
         import sqlalchemy
@@ -256,17 +260,26 @@ def _open(url: str, name: str) -> optuna.Study:
         ) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    beat = threading.Event()
+
+    class Beating(optuna.storages.RDBStorage):
+        """A storage whose heart does not stop where the database is busy for once."""
+
+        def record_heartbeat(self, trial_id: int) -> None:
+            with suppress(optuna.exceptions.StorageInternalError):
+                super().record_heartbeat(trial_id)
+                beat.set()
+
     waits = {"connect_args": {"timeout": 60}}
     options = waits if url.startswith("sqlite") else {"pool_pre_ping": True}
     tries = _TRIES
     while True:
         try:
-            storage = optuna.storages.RDBStorage(
-                url, dict(options), heartbeat_interval=HEARTBEAT, grace_period=GRACE
-            )
-            return optuna.create_study(
+            storage = Beating(url, dict(options), heartbeat_interval=HEARTBEAT, grace_period=GRACE)
+            study = optuna.create_study(
                 storage=storage, study_name=name, direction="minimize", load_if_exists=True
             )
+            return study, beat
         # optuna raises RuntimeError for a database of another version of itself.
         except (sqlalchemy.exc.SQLAlchemyError, RuntimeError, OSError) as error:
             # Two processes that make the tables at the same moment get in each other's way.

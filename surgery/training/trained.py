@@ -16,8 +16,9 @@ from surgery.files.checkpoint import Checkpoint
 from surgery.files.generated import CARD, FIGURE, LOSS_FIGURE, MANIFEST
 from surgery.files.text import write_text
 from surgery.folds.base import Fold
+from surgery.measure.logits import divergence
 from surgery.method.mask import Mask
-from surgery.outputs.behaviour import Batch, divergence
+from surgery.outputs.behaviour import Batch
 from surgery.outputs.card import front_matter, render_card
 from surgery.outputs.checks import Check, Verification
 from surgery.outputs.describe import hashed
@@ -88,7 +89,7 @@ def agreement(
         known = batch.logits(wrapped, hooks)
     del wrapped, network
     found = batch.logits(load(folder))
-    distance = divergence(known, found)
+    distance = divergence(known.double(), found.double())
     difference = float((known.double() - found.double()).abs().max())
     detail = f"KL {distance:.2e} nats per token, largest logit difference {difference:.2e}"
     near = distance <= _rounding(patient.checkpoint)
@@ -100,7 +101,7 @@ def agreement(
     if fold.exact:
         return [Check(name, near, detail)]
     # The fold approximates the mask of the first token.
-    detail += f"; without the fold KL {divergence(known, unmasked):.2e}"
+    detail += f"; without the fold KL {divergence(known.double(), unmasked.double()):.2e}"
     return [Check(name, math.isfinite(distance), detail)]
 
 

@@ -1,0 +1,75 @@
+"""The harness's own kinds of model, which also tell whose generation hit the limit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def counting_transformers() -> type:
+    """The harness's transformers model, which also tells whose generation hit the limit."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Counting(HFLM):
+        """Same results; remembers by prompt whether the generation ended by itself."""
+
+        def hit_the_limit(self, prompt: str) -> bool | None:
+            return self.__dict__.get("_hits", {}).get(prompt)
+
+        def tok_batch_encode(self, strings: Any, *args: Any, **kwargs: Any) -> Any:
+            self._prompts = list(strings)
+            return super().tok_batch_encode(strings, *args, **kwargs)
+
+        def _model_generate(
+            self, context: Any, max_length: int, stop: list[str], **kwargs: Any
+        ) -> Any:
+            result = super()._model_generate(
+                context=context, max_length=max_length, stop=stop, **kwargs
+            )
+            hits = self.__dict__.setdefault("_hits", {})
+            ends = self._ends()
+            for prompt, tokens in zip(self._prompts, result.tolist(), strict=True):
+                new = tokens[context.shape[1] :]
+                full = len(tokens) >= max_length and ends.isdisjoint(new)
+                if full and stop:
+                    text = self.tok_decode(new)
+                    full = not any(word and word in text for word in stop)
+                hits[prompt] = full
+            return result
+
+        def _ends(self) -> set[int]:
+            eos = getattr(self.model.generation_config, "eos_token_id", None)
+            found = set(eos if isinstance(eos, list) else [eos])
+            return {token for token in {*found, self.eot_token_id} if token is not None}
+
+    return Counting
+
+
+def counting_vllm() -> type:
+    """The same for vLLM, which says by itself why a generation ended."""
+    from lm_eval.models.vllm_causallms import VLLM
+
+    class Counting(VLLM):
+        """Same results; remembers by prompt why the generation ended."""
+
+        def hit_the_limit(self, prompt: str) -> bool | None:
+            tokens = tuple(self.tok_encode(prompt))
+            return self.__dict__.get("_hits", {}).get(tokens)
+
+        def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+            results = super()._model_generate(*args, **kwargs)
+            hits = self.__dict__.setdefault("_hits", {})
+            for result in results:
+                hits[tuple(result.prompt_token_ids)] = result.outputs[0].finish_reason == "length"
+            return results
+
+    return Counting
+
+
+def free_memory() -> None:
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

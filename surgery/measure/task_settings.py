@@ -1,0 +1,80 @@
+"""How benchmark tasks are run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import BadSettings, SurgeryError
+
+# The paper's limits on generated tokens (§5.1).
+MAX_NEW_TOKENS, GSM8K_NEW_TOKENS = 512, 128
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """How tasks are run; see `surgery compare --help`.
+
+    data: a folder with local copies of the documents. limit: documents per task. batch_size: a
+    number or "auto"; None: auto on a GPU, 8 on the CPU. seeds: for tasks that sample; the first
+    one for all others. max_new_tokens: None for the paper's 512, and 128 for GSM8K. temperature:
+    None for each task's own; 0 is greedy. chat_template: None for "where the tokenizer has one".
+    """
+
+    tasks: tuple[str, ...]
+    data: str | None = None
+    limit: int | None = None
+    batch_size: str | None = None
+    seeds: tuple[int, ...] = SEEDS
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    chat_template: bool | None = None
+    thinking: bool = False
+    backend: str = "hf"
+
+    def __post_init__(self) -> None:
+        """Raise BadSettings for values that make no sense."""
+        if self.limit is not None and self.limit < 1:
+            raise BadSettings("--limit must be at least 1.")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise BadSettings("--max-new-tokens must be at least 1.")
+        if self.temperature is not None and not 0 <= self.temperature <= 10:
+            raise BadSettings("--temperature must be between 0 (greedy) and 10.")
+        if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) < len(self.seeds):
+            raise BadSettings("--seeds must be different numbers that are not negative.")
+        if self.batch_size not in (None, "auto") and not (
+            str(self.batch_size).isdigit() and int(str(self.batch_size)) > 0
+        ):
+            raise BadSettings("--batch-size must be a number or auto.")
+        if self.data is not None and not Path(self.data).is_dir():
+            raise BadSettings(f"--data {self.data} is not a folder.")
+        if self.backend not in ("hf", "vllm"):
+            raise BadSettings("--backend must be hf or vllm.")
+        if self.backend == "vllm" and find_spec("vllm") is None:
+            raise BadSettings(
+                "--backend vllm needs vllm, which is not installed; run: pip install vllm, or use "
+                "--backend hf."
+            )
+
+
+def task_settings(tasks: Sequence[str], options: Mapping[str, Any]) -> TaskSettings | None:
+    """What a user asked for, None without tasks; raises where the harness is missing."""
+    if not tasks:
+        return None
+    require_harness()
+    return TaskSettings(tasks=tuple(tasks), **options)
+
+
+def require_harness() -> None:
+    """Raise SurgeryError, saying what to install, where lm-evaluation-harness is missing."""
+    needed = ("lm_eval", "datasets", "scipy", "accelerate", "peft")
+    lacking = [name for name in needed if find_spec(name) is None]
+    if lacking:
+        raise SurgeryError(
+            f"--tasks needs lm-evaluation-harness ({lacking[0]} is not installed); run: "
+            "pip install 'wemask-surgery[eval]'."
+        )
