@@ -66,7 +66,7 @@ _HOMES = {
     "compare": "jobs.compare",
     "convert": "jobs.convert",
     "make_edits": "folds.registry",
-    "masked": "models.reference",
+    "masked": "models.masking",
     "push": "jobs.push",
     "read_manifest": "outputs.manifest",
     "refresh_card": "jobs.card",
