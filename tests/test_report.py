@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,6 +82,20 @@ def data(folder):
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture
+def quick_figures(folder, monkeypatch):
+    """For tests that do not look at the figures: some picture in place of each."""
+    picture = (folder / "layers.png").read_bytes()
+
+    def draw(*words, **_options):
+        (path,) = (word for word in words if isinstance(word, Path))
+        path.write_bytes(picture)
+
+    for name in vars(report.figures):
+        if name.startswith("plot_"):
+            monkeypatch.setattr(report.figures, name, draw)
+
+
 # --------------------------------------------------------------------------------------------
 # The page
 # --------------------------------------------------------------------------------------------
@@ -133,7 +148,7 @@ def test_every_picture_has_words(page):
     assert all(len(text) > 40 for text in words)
 
 
-def test_page_escapes_what_strangers_write(analysis, tmp_path):
+def test_page_escapes_what_strangers_write(analysis, quick_figures, tmp_path):
     from dataclasses import replace
 
     trace = analysis.evidence.traces[0]
@@ -202,7 +217,7 @@ def test_rounded():
 # --------------------------------------------------------------------------------------------
 
 
-def test_an_earlier_report_is_replaced(folder, analysis, tmp_path):
+def test_an_earlier_report_is_replaced(folder, analysis, quick_figures, tmp_path):
     copy = tmp_path / "report"
     shutil.copytree(folder, copy)
     (copy / "stale.png").write_bytes(PNG)
@@ -211,7 +226,7 @@ def test_an_earlier_report_is_replaced(folder, analysis, tmp_path):
     assert (copy / "index.html").is_file()
 
 
-def test_an_empty_folder_is_used(analysis, tmp_path):
+def test_an_empty_folder_is_used(analysis, quick_figures, tmp_path):
     (tmp_path / "deep" / "empty").mkdir(parents=True)
     report.write_report(analysis, tmp_path / "deep" / "empty", {})
     assert (tmp_path / "deep" / "empty" / "report.json").is_file()
@@ -255,7 +270,7 @@ def test_nothing_is_left_when_drawing_fails(analysis, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------
 
 
-def test_command_keeps_its_json_and_writes_the_report(run, tiny, tmp_path):
+def test_command_keeps_its_json_and_writes_the_report(run, tiny, quick_figures, tmp_path):
     target = tmp_path / "report"
     outcome = run("analyze", tiny("qwen3"), "--report", target, "--json").ok()
     keys = [

@@ -16,6 +16,7 @@ import numpy as np
 from surgery.errors import BadSettings, NoEmergence, SurgeryError
 from surgery.files.resources import resource_folder
 from surgery.files.staging import replacing
+from surgery.files.text import write_text
 from surgery.jobs.analyze import Analysis, analyze
 from surgery.measure.attention import HEATMAP_TOKENS
 from surgery.measure.evidence import Evidence
@@ -518,7 +519,7 @@ def _finish(
         "settings": dict(settings),
     }
     text = json.dumps(clean_numbers({**about, **data}), ensure_ascii=True, separators=(",", ":"))
-    (folder / DATA).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / DATA, text + "\n")
     images = {
         path.name: base64.b64encode(path.read_bytes()).decode()
         for path in sorted(folder.glob("*.png"))
@@ -529,7 +530,7 @@ def _finish(
     page = environment.from_string(template).render(
         title=title, images=images, about=about, **context
     )
-    (folder / PAGE).write_text(page, encoding="utf-8")
+    write_text(folder / PAGE, page)
 
 
 # --------------------------------------------------------------------------------------------
