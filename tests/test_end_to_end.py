@@ -23,7 +23,7 @@ from surgery.folds import calibrate, editing
 from surgery.folds.registry import make_edits
 from surgery.measure import quality
 from surgery.method.mask import Mask, largest, mask_size, target_layers
-from surgery.models import reference
+from surgery.models import masking
 from surgery.models.anatomy import describe, effective_gain
 from surgery.models.observe import sink_magnitudes
 from surgery.outputs.manifest import read_manifest
@@ -156,7 +156,7 @@ def test_figures_of_the_method(subject: Patient, scope: str, select: str) -> Non
         targets[0],
         {
             "base": quality.unmodified,
-            "reference": lambda: reference.masked(model, anatomy, mask),
+            "reference": lambda: masking.masked(model, anatomy, mask),
             "norm": weights["norm"].active,
             "sink": weights["sink"].active,
         },

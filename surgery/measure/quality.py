@@ -14,7 +14,7 @@ from surgery.errors import QualityGate
 from surgery.measure.logits import make_batches, perplexity
 from surgery.models.anatomy import Anatomy
 from surgery.models.discovery import decoder_layers
-from surgery.models.observe import hooked
+from surgery.models.observe import hooked, standing_in
 
 Variant = Callable[[], AbstractContextManager[None]]
 
@@ -78,13 +78,9 @@ class SharedPrefix:
     def replay(self, batch: int = 0) -> Iterator[None]:
         """Skip the shared layers in the forward passes of this block."""
         result = self._results.get(batch)
-        try:
-            for layer in self._layers:
-                layer.forward = lambda *_args, **_kwargs: result
+        replay = [lambda *_args, **_kwargs: result] * len(self._layers)
+        with standing_in(self._layers, replay):
             yield
-        finally:
-            for layer in self._layers:
-                layer.__dict__.pop("forward", None)
 
 
 def measure(
