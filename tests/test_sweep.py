@@ -195,7 +195,7 @@ def test_json_files_and_conversion(model: str, tmp_path: Path, run) -> None:
     assert ended_trials(tmp_path / "out") == before
     assert again["converted"] == str(tmp_path / "best")
     settings = surgery.read_manifest(tmp_path / "best").settings
-    assert {name: settings[name] for name in ("rate", "scope", "fold", "select")} == {
+    assert {name: getattr(settings, name) for name in ("rate", "scope", "fold", "select")} == {
         name: made["points"][0][name] for name in ("rate", "scope", "fold", "select")
     }
     line = made["best"].split()
