@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from surgery.folds.registry import make_edits
     from surgery.jobs.analyze import Analysis, analyze
     from surgery.jobs.card import refresh_card
-    from surgery.jobs.compare import Comparison, compare
+    from surgery.jobs.compare import compare
     from surgery.jobs.convert import convert
     from surgery.jobs.push import push
     from surgery.jobs.reproduce import reproduce
@@ -47,7 +47,7 @@ _HOMES = {
     "Analysis": "jobs.analyze",
     "Anatomy": "models.anatomy",
     "Checkpoint": "files.checkpoint",
-    "Comparison": "jobs.compare",
+    "Comparison": "outputs.comparison",
     "Conversion": "jobs.convert",
     "Edit": "folds.edits",
     "Emergence": "method.locate",

@@ -285,9 +285,9 @@ def test_nothing_to_measure_is_refused(run: Any, converted: tuple[Path, Path]) -
 def test_without_the_harness_it_says_what_to_install(
     run: Any, converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from surgery.measure import tasks
+    from surgery.measure import task_settings
 
-    monkeypatch.setattr(tasks, "find_spec", lambda _name: None)
+    monkeypatch.setattr(task_settings, "find_spec", lambda _name: None)
     sentence = run("compare", *converted, "--tasks", "piqa").sentence()
     assert "pip install 'wemask-surgery[eval]'" in sentence
 
@@ -567,8 +567,8 @@ def test_two_processes_score_as_one(
 @needs_harness
 @needs_data
 def test_a_shipped_group_takes_what_is_in_the_folder() -> None:
-    from surgery.measure.task_settings import TaskSettings
     from surgery.measure.task_loading import load_tasks
+    from surgery.measure.task_settings import TaskSettings
     from surgery.reporter import Reporter
 
     loaded = load_tasks(TaskSettings(("knowledge", "math"), data=str(SHARED)), Reporter())
@@ -585,8 +585,8 @@ def test_a_shipped_group_takes_what_is_in_the_folder() -> None:
 
 @needs_harness
 def test_a_yaml_file_and_a_folder_are_tasks(tmp_path: Path) -> None:
-    from surgery.measure.task_settings import TaskSettings
     from surgery.measure.task_loading import load_tasks
+    from surgery.measure.task_settings import TaskSettings
     from surgery.reporter import Reporter
 
     rows = tmp_path / "rows.jsonl"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from surgery.method.mask import Mask, largest, mask_size, target_layers
 from surgery.models import reference
 from surgery.models.anatomy import describe, effective_gain
 from surgery.models.observe import sink_magnitudes
-from surgery.patient.patient import Patient
 from surgery.settings import Settings
 
 pytestmark = pytest.mark.skipif(
@@ -119,7 +119,7 @@ def test_figures_of_the_method(subject: Subject, scope: str, select: str) -> Non
         text,
         targets[0],
         {
-            "base": quality.unmodified,
+            "base": nullcontext,
             "reference": lambda: reference.masked(model, anatomy, mask),
             "norm": weights["norm"].active,
             "sink": weights["sink"].active,

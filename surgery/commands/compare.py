@@ -13,9 +13,9 @@ from surgery.commands.options import check_png, output_options, task_options
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from surgery.jobs.compare import Comparison
     from surgery.measure.task_scores import TaskRow, VariantScore
     from surgery.measure.text import TextMeasure
+    from surgery.outputs.comparison import Comparison
 
 
 @click.command()

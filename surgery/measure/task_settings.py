@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadSettings, SurgeryError
+
+logger = logging.getLogger(__name__)
 
 # The paper's limits on generated tokens (§5.1).
 MAX_NEW_TOKENS, GSM8K_NEW_TOKENS = 512, 128
@@ -19,10 +22,17 @@ SEEDS = (0, 1, 2)
 class TaskSettings:
     """How tasks are run; see `surgery compare --help`.
 
-    data: a folder with local copies of the documents. limit: documents per task. batch_size: a
-    number or "auto"; None: auto on a GPU, 8 on the CPU. seeds: for tasks that sample; the first
-    one for all others. max_new_tokens: None for the paper's 512, and 128 for GSM8K. temperature:
-    None for each task's own; 0 is greedy. chat_template: None for "where the tokenizer has one".
+    Attributes:
+        tasks: lm-eval task names, groups, YAML files or folders of these.
+        data: a folder with local copies of the documents.
+        limit: documents per task.
+        batch_size: a number or "auto"; None: auto on a GPU, 8 on the CPU.
+        seeds: for tasks that sample; the first one for all others.
+        max_new_tokens: None for the paper's 512, and 128 for GSM8K.
+        temperature: None for each task's own; 0 is greedy.
+        chat_template: None for "where the tokenizer has one".
+        thinking: whether the template lets the model think; its thoughts are not scored.
+        backend: "hf" or "vllm".
     """
 
     tasks: tuple[str, ...]
@@ -61,12 +71,22 @@ class TaskSettings:
             )
 
 
-def task_settings(tasks: Sequence[str], options: Mapping[str, Any]) -> TaskSettings | None:
-    """What a user asked for, None without tasks; raises where the harness is missing."""
+def task_settings(tasks: Sequence[str], given: Mapping[str, Any]) -> TaskSettings | None:
+    """What a user asked for; None without tasks.
+
+    Args:
+        tasks: names.
+        given: the local variables of a function that spells the other fields out, among others.
+
+    Raises:
+        SurgeryError: where the harness is missing.
+        BadSettings: for values that make no sense.
+    """
     if not tasks:
         return None
     require_harness()
-    return TaskSettings(tasks=tuple(tasks), **options)
+    options = {known.name: given[known.name] for known in fields(TaskSettings)[1:]}
+    return TaskSettings(tuple(tasks), **options)
 
 
 def require_harness() -> None:
