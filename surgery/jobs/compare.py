@@ -88,7 +88,7 @@ def compare(
         raise BadSettings("--check-tokens must be at least 1.")
     if not measure and not tasks:
         raise BadSettings("There is nothing to measure: give --tasks, or leave out --no-text.")
-    chosen = task_settings(tasks, given)
+    chosen = task_settings(given)
     loading = Loading(revision, device or _rank_device(), dtype, trust_remote_code)
     patient = Patient.admit(base, loading, reporter, dequantise=False)
     notes: list[str] = []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.files.staging import write_whole
+from surgery.files.text import write_text
 from surgery.outputs.manifest import clean_numbers, tool_version
 from surgery.outputs.results import SCHEMA
 
@@ -77,7 +78,7 @@ class Comparison:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         if path.exists() and not path.is_file():  # /dev/null, say, must not be replaced
-            path.write_text(f"{text}\n", encoding="utf-8")
+            write_text(path, f"{text}\n")
         else:
             write_whole(path.resolve(), f"{text}\n".encode())
         logger.info("results of %d variants in %s", len(self.variants), path)
