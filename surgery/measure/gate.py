@@ -58,6 +58,9 @@ def measure_fold(
         quality = measure(
             model, patient.anatomy, sequences, min(mask.layers), variants, progress=advance
         )
+    logger.info(
+        "perplexity of the fold: %+.2f %% against base", 100 * quality["folded"].against_base
+    )
     return quality, Calibration(calibration.directions, watcher.leaks())
 
 

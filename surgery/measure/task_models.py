@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import logging
 from typing import Any
-
-logger = logging.getLogger(__name__)
 
 
 def counting_transformers() -> type:

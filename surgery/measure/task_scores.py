@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +12,6 @@ from surgery.errors import SurgeryError
 from surgery.measure.statistics import Difference, over_seeds, paired, score
 from surgery.measure.task_loading import LoadedTasks
 from surgery.measure.task_settings import TaskSettings
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -11,8 +10,6 @@ from typing import Any
 
 from surgery.errors import BadSettings, SurgeryError
 from surgery.settings import option
-
-logger = logging.getLogger(__name__)
 
 # The paper's limits on generated tokens (§5.1).
 MAX_NEW_TOKENS, GSM8K_NEW_TOKENS = 512, 128

@@ -65,6 +65,7 @@ def run_tasks(
     if any(run.samples == {} for run in runs.values()):
         return (), host.recorded
     rows = tuple(_rows(loaded, runs))
+    logger.info("%d rows of scores on %d models", len(rows), len(runs))
     deterministic = sorted({row.task for row in rows if row.deterministic})
     if deterministic and len(loaded.settings.seeds) > 1:
         notes.append(
