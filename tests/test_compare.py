@@ -288,9 +288,9 @@ def test_nothing_to_measure_is_refused(run: Any, converted: tuple[Path, Path]) -
 def test_without_the_harness_it_says_what_to_install(
     run: Any, converted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from surgery.measure import tasks
+    from surgery.measure import task_settings
 
-    monkeypatch.setattr(tasks, "find_spec", lambda _name: None)
+    monkeypatch.setattr(task_settings, "find_spec", lambda _name: None)
     sentence = run("compare", *converted, "--tasks", "piqa").sentence()
     assert "pip install 'wemask-surgery[eval]'" in sentence
 

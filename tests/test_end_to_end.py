@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def test_figures_of_the_method(subject: Patient, scope: str, select: str) -> Non
         text,
         targets[0],
         {
-            "base": quality.unmodified,
+            "base": nullcontext,
             "reference": lambda: masking.masked(model, anatomy, mask),
             "norm": weights["norm"].active,
             "sink": weights["sink"].active,
