@@ -124,7 +124,8 @@ def sweep(
         select=selects,
         strength=strengths,
     )
-    plan = Plan(common, values, score, text, trials, task_settings(tasks, given))
+    chosen = task_settings(given)
+    plan = Plan(common, values, score, text, trials, chosen)
     plan.check(patient)
     origin = patient.checkpoint.origin
     name = origin.name.rsplit("/", 1)[-1]

@@ -26,7 +26,8 @@ from surgery.outputs.checks import (
     verify_untouched,
 )
 from surgery.outputs.describe import FileComparison, compare_files, describe
-from surgery.outputs.manifest import FileRecord, Manifest
+from surgery.outputs.figure import plot_layers
+from surgery.outputs.manifest import Manifest
 from surgery.outputs.operation import Operation
 from surgery.outputs.plan import (
     Plan,
@@ -36,12 +37,12 @@ from surgery.outputs.plan import (
     edits_by_file,
     make_plan,
 )
+from surgery.outputs.records import FileRecord
 from surgery.outputs.review import Review
 from surgery.outputs.undo import UndoFile, needs_file, undo_size, unpack_file, write_undo
 from surgery.outputs.write import copy_plan, staging
 from surgery.patient.hub import check_downloads
 from surgery.patient.quantised import require_editable
-from surgery.report.plots import plot_layers
 
 # The stored bytes of a tensor before its edit, from the edit, its entry and its present bytes.
 Original = Callable[[Edit, TensorEntry, bytes], bytes]

@@ -129,6 +129,7 @@ class SharedStudy:
         """
         self.url, self.name = database(url), name
         self._space, self._seed = space, seed
+        self._facts: tuple[Mapping[str, Any], str] = ({}, "")
         self._study, self._beat = _open(self.url, name)
 
     # ----------------------------------------------------------------------------------------
@@ -156,6 +157,7 @@ class SharedStudy:
         for key, value in facts.items():
             if key not in known:
                 self._study.set_user_attr(key, value)
+        self._facts = facts, where
 
     def fact(self, key: str, value: Any = None) -> Any:
         """A recorded fact; `value`, which is recorded where it is not None, where there is none."""
@@ -173,6 +175,7 @@ class SharedStudy:
         """How far the study is. Points of dead workers wait."""
         import optuna
 
+        self.agree(*self._facts)  # again: two that differ may have begun at the same moment
         optuna.storages.fail_stale_trials(self._study)
         trials = self._study.get_trials(deepcopy=False)
         ended = [_end_of(trial) for trial in trials if _has_ended(trial)]
@@ -253,7 +256,6 @@ def _open(url: str, name: str) -> tuple[optuna.Study, threading.Event]:
     """The study of that name, made where there is none, and what is set by each heartbeat."""
     try:
         import optuna
-        import sqlalchemy
     except ImportError as error:
         raise SurgeryError(
             "surgery sweep needs optuna: pip install 'wemask-surgery[sweep]'."
@@ -272,6 +274,8 @@ def _open(url: str, name: str) -> tuple[optuna.Study, threading.Event]:
 
     waits = {"connect_args": {"timeout": 60}}
     options = waits if url.startswith("sqlite") else {"pool_pre_ping": True}
+    # optuna raises RuntimeError for a database of another version of itself.
+    errors: tuple[type[Exception], ...] = (*_errors(), RuntimeError, OSError)
     tries = _TRIES
     while True:
         try:
@@ -280,10 +284,9 @@ def _open(url: str, name: str) -> tuple[optuna.Study, threading.Event]:
                 storage=storage, study_name=name, direction="minimize", load_if_exists=True
             )
             return study, beat
-        # optuna raises RuntimeError for a database of another version of itself.
-        except (sqlalchemy.exc.SQLAlchemyError, RuntimeError, OSError) as error:
+        except errors as error:
             # Two processes that make the tables at the same moment get in each other's way.
-            twins = isinstance(error, sqlalchemy.exc.IntegrityError) or "exists" in str(error)
+            twins = "already exists" in str(error) or "UNIQUE" in str(error).upper()
             tries -= 1
             if not twins or not tries:
                 raise _unusable(url, error) from error
@@ -293,21 +296,26 @@ def _open(url: str, name: str) -> tuple[optuna.Study, threading.Event]:
 @contextmanager
 def database_errors(url: str) -> Iterator[None]:
     """Turns what a database says in the block into BadSettings."""
+    try:
+        yield
+    except _errors() as error:
+        raise _unusable(url, error) from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
     import optuna
     import sqlalchemy
 
-    try:
-        yield
-    except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        raise _unusable(url, error.__cause__ or error) from error
+    return sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError
 
 
 def _unusable(url: str, error: BaseException) -> BadSettings:
     import sqlalchemy
 
     place = sqlalchemy.make_url(url).render_as_string(hide_password=True)
-    said = first_line(getattr(error, "orig", None) or error)
-    return BadSettings(f"The study's database {place} cannot be used: {said}")
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return BadSettings(f"The study's database {place} cannot be used: {first_line(error)}")
 
 
 def database(url: str) -> str:
