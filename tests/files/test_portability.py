@@ -86,6 +86,7 @@ def test_the_tests_of_bytes() -> None:
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.full  # three processes; in one, `test_two_in_one_folder`
 def test_a_lock_beside_the_folder(tmp_path: Path) -> None:
     """Held by a process, it keeps others out; killed, it lets them clean up."""
     code = (

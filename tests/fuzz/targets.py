@@ -22,7 +22,7 @@ from surgery.files import checkpoint, gguf_file, safetensors_file, text
 from surgery.files.checkpoint import Checkpoint, Origin
 from surgery.files.safetensors_file import TensorEntry
 from surgery.models import anatomy, families
-from surgery.outputs import card, manifest, results
+from surgery.outputs import card, manifest, results, treatment
 from surgery.training import recipe
 
 # What a message may at most be long: it must not repeat a whole hostile file.
@@ -121,7 +121,7 @@ def surgery_json(data: bytes) -> None:
 def recipe_yaml(data: bytes) -> None:
     """A training recipe, up to the point where TRL takes over."""
     raw = recipe.read_recipe(_file("recipe.yaml", data))
-    recipe._treatment(raw.get(recipe.BLOCK), "recipe.yaml")
+    recipe._treatment(raw.get(treatment.BLOCK), "recipe.yaml")
 
 
 def recipe_through_trl(data: bytes) -> None:
@@ -131,7 +131,7 @@ def recipe_through_trl(data: bytes) -> None:
 
 def recipe_values(data: bytes) -> None:
     """A whole recipe in which some keys, known ones, have strange values: three bytes for each."""
-    method = recipe.METHODS[data[0] % 3 if data else 0]
+    method = treatment.METHODS[data[0] % 3 if data else 0]
     block: dict[str, Any] = {"method": method}
     raw: dict[str, Any] = {"model_name_or_path": "model", "dataset_name": "data"}
     known = _known_keys(method)
@@ -139,7 +139,7 @@ def recipe_values(data: bytes) -> None:
         value = STRANGE[data[at + 2] % len(STRANGE)]
         key = known[(data[at] * 256 + data[at + 1]) % len(known)]
         (block if key in _BLOCK else raw)[key] = value
-    _through_trl({**raw, recipe.BLOCK: block})
+    _through_trl({**raw, treatment.BLOCK: block})
 
 
 def _through_trl(raw: dict[str, Any]) -> None:
@@ -163,7 +163,7 @@ def _known_keys(method: str) -> list[str]:
     return sorted(found | _BLOCK)
 
 
-_BLOCK = {field.name for field in fields(recipe.Treatment)}
+_BLOCK = {field.name for field in fields(treatment.Treatment)}
 
 
 _written: list[str] = []

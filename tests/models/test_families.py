@@ -157,7 +157,7 @@ def test_fold_equals_masking_every_token(
     edits = make_edits(anatomy, mask, fold)
     with masked(model, anatomy, mask, "all"):
         hooked = patient.logits()
-    with edited(model, anatomy, checkpoint, edits):
+    with edited(model, checkpoint, edits):
         folded = patient.logits()
     assert torch.equal(folded, hooked)  # to the bit
     assert divergence(base, folded) > 0.01  # and not for want of an effect
@@ -181,7 +181,7 @@ def test_sink_fold_is_the_papers_mask(family: str, patients: Callable[[str], Pat
     for fold in ("norm", "qkv", "sink"):
         if fold == "norm" and family in SHARED_NORM:
             continue
-        with edited(model, anatomy, checkpoint, make_edits(anatomy, mask, fold, sinks)):
+        with edited(model, checkpoint, make_edits(anatomy, mask, fold, sinks)):
             distances[fold] = divergence(reference, patient.logits())
     sink = distances.pop("sink")
     assert distances["base"] > 1e-3  # the mask does something

@@ -27,7 +27,13 @@ from surgery.files.checkpoint import Origin
 from surgery.files.generated import CARD, FIGURE, MANIFEST
 from surgery.jobs import verify as review
 from surgery.outputs.card import card_metadata, command_line, front_matter, render_card
-from surgery.outputs.manifest import Manifest, clean_numbers, read_manifest, write_manifest
+from surgery.outputs.manifest import (
+    Manifest,
+    clean_numbers,
+    read_manifest,
+    tool_version,
+    write_manifest,
+)
 from surgery.outputs.treatment import Treatment
 from surgery.settings import Settings
 
@@ -91,7 +97,7 @@ def test_round_trip(fold: str, converted: Callable[..., Path], tmp_path: Path) -
 
 def test_what_it_says(converted: Callable[..., Path], tiny: Tiny) -> None:
     manifest = read_manifest(converted())
-    assert manifest.tool == f"wemask-surgery {surgery.manifest.tool_version()}"
+    assert manifest.tool == f"wemask-surgery {tool_version()}"
     assert (manifest.base.kind, manifest.base.name) == ("directory", "tiny-llama")
     assert (manifest.model_type, manifest.hidden_size, manifest.depth) == ("llama", 64, 8)
     assert manifest.emergence is not None
