@@ -16,8 +16,8 @@ from surgery.training.begin import WORK
 from surgery.training.recipe import Recipe
 from surgery.training.trainer import Trained, training_versions
 
-# Text that a smoke test measures and calibrates on, tokens.
-SMOKE_TOKENS = 128
+# Text that a fold is measured and calibrated on, tokens; of a smoke test less.
+TOKENS, SMOKE_TOKENS = Settings.check_tokens, 128
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def make_case(
         seed=recipe.arguments.seed,
         max_degradation=float(treatment.max_degradation),
         force=treatment.force,
-        check_tokens=SMOKE_TOKENS if smoke else Settings.check_tokens,
-        calibration_tokens=SMOKE_TOKENS if smoke else Settings.calibration_tokens,
+        check_tokens=SMOKE_TOKENS if smoke else TOKENS,
+        calibration_tokens=SMOKE_TOKENS if smoke else TOKENS,
         device="cpu" if recipe.arguments.use_cpu else None,
         trust_remote_code=bool(getattr(recipe.arguments, "trust_remote_code", False)),
     )

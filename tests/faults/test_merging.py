@@ -32,7 +32,6 @@ from crash_points import (
 from surgery.errors import BadSettings
 from surgery.jobs import finetune as finetuning
 from surgery.jobs.finetune import FineTuning, finetune
-from surgery.settings import Settings
 from surgery.training.recipe import parse_recipe, read_recipe
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -57,8 +56,7 @@ def _quickly() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("surgery.training.products.plot_loss", plot)
-        patch.setattr(Settings, "check_tokens", 128)
-        patch.setattr(Settings, "calibration_tokens", 128)
+        patch.setattr("surgery.training.case.TOKENS", 128)
         yield
 
 

@@ -224,7 +224,7 @@ def test_what_a_killed_reproduction_leaves(converted: Path, run: Run) -> None:
 
     def killed() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("surgery.jobs.convert.copy_plan", lambda *_given: kill())
+            patch.setattr("surgery.outputs.folder.copy_plan", lambda *_given: kill())
             surgery.reproduce(converted)
 
     assert in_child(killed) == KILLED

@@ -328,7 +328,8 @@ def test_space_for_the_undo_file(
 def test_what_a_plan_assumes(tiny: Tiny, tmp_path: Path) -> None:
     plan = planned(tiny(), tmp_path / "out")
     assert plan.generated == (CARD, MANIFEST)
-    assert (plan.form, plan.overwrite, plan.undo_size) == ("checkpoint", False, 0)
+    assert (plan.product, plan.beside, plan.overwrite) == (plan.output, False, False)
+    assert plan.undo_size == 0
     assert planned(tiny(), tmp_path / "out", overwrite=True).overwrite
 
 

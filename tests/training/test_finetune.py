@@ -28,7 +28,6 @@ from surgery.jobs.verify import verify
 from surgery.models.gated_attention import add_gates, gated
 from surgery.models.loading import load_model
 from surgery.reporter import Reporter
-from surgery.settings import Settings
 from surgery.training.case import SMOKE_TOKENS
 from surgery.training.data import load_data
 from surgery.training.recipe import read_recipe
@@ -42,8 +41,7 @@ Run = Callable[..., Any]
 def _little_text() -> Iterator[None]:
     """Folds are measured on as little text as `--smoke` takes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Settings, "check_tokens", SMOKE_TOKENS)
-        patch.setattr(Settings, "calibration_tokens", SMOKE_TOKENS)
+        patch.setattr("surgery.training.case.TOKENS", SMOKE_TOKENS)
         yield
 
 
