@@ -21,7 +21,7 @@ demo: $(VENV)/ready
 	  demo-output/wemask
 
 test: $(VENV)/ready-test
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The tests that run whole models for minutes; `make test` leaves them out.
 test-full: $(VENV)/ready-test

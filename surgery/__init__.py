@@ -10,9 +10,10 @@
 Names are imported when first used, so that `import surgery` is instant.
 """
 
+# ruff: noqa: F401
 from __future__ import annotations
 
-from importlib import import_module
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from surgery.jobs.card import refresh_card
     from surgery.jobs.compare import Comparison, compare
     from surgery.jobs.convert import convert
+    from surgery.jobs.finetune import finetune
+    from surgery.jobs.publish import publish
     from surgery.jobs.push import push
     from surgery.jobs.reproduce import reproduce
     from surgery.jobs.revert import revert
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from surgery.measure.quality import Quality
     from surgery.method.locate import Emergence
     from surgery.method.mask import Mask
+    from surgery.models import gated_attention
     from surgery.models.anatomy import Anatomy
     from surgery.models.masking import masked, weight_mask, wemask
     from surgery.outputs.checks import Verification
@@ -43,81 +47,54 @@ if TYPE_CHECKING:
     from surgery.settings import Settings
     from surgery.sweeping.result import Sweep
 
-_HOMES = {
-    "Analysis": "jobs.analyze",
-    "Anatomy": "models.anatomy",
-    "Checkpoint": "files.checkpoint",
-    "Comparison": "jobs.compare",
-    "Conversion": "jobs.convert",
-    "Edit": "folds.edits",
-    "Emergence": "method.locate",
-    "Manifest": "outputs.manifest",
-    "Mask": "method.mask",
-    "Origin": "files.checkpoint",
-    "Plan": "outputs.plan",
-    "Quality": "measure.quality",
-    "Reporter": "reporter",
-    "Settings": "settings",
-    "SinkDirection": "folds.edits",
-    "SurgeryError": "errors",
-    "Sweep": "jobs.sweep",
-    "Verification": "outputs.checks",
-    "analyze": "jobs.analyze",
-    "compare": "jobs.compare",
-    "convert": "jobs.convert",
-    "make_edits": "folds.registry",
-    "masked": "models.reference",
-    "push": "jobs.push",
-    "read_manifest": "outputs.manifest",
-    "refresh_card": "jobs.card",
-    "reproduce": "jobs.reproduce",
-    "resolve": "patient.source",
-    "revert": "jobs.revert",
-    "sweep": "jobs.sweep",
-    "verify": "jobs.verify",
-    "weight_mask": "models.masking",
-    "wemask": "models.masking",
+# The public names, by the module they live in; `TYPE_CHECKING` repeats them for type checkers, and
+# a test compares the two.
+_PUBLIC = {
+    "errors": "SurgeryError",
+    "files.checkpoint": "Checkpoint Origin",
+    "folds.edits": "Edit SinkDirection",
+    "folds.registry": "make_edits",
+    "jobs.analyze": "Analysis analyze",
+    "jobs.card": "refresh_card",
+    "jobs.compare": "Comparison compare",
+    "jobs.convert": "convert",
+    "jobs.finetune": "finetune",
+    "jobs.publish": "publish",
+    "jobs.push": "push",
+    "jobs.reproduce": "reproduce",
+    "jobs.revert": "revert",
+    "jobs.sweep": "sweep",
+    "jobs.verify": "verify",
+    "measure.quality": "Quality",
+    "method.locate": "Emergence",
+    "method.mask": "Mask",
+    "models": "gated_attention",
+    "models.anatomy": "Anatomy",
+    "models.masking": "masked weight_mask wemask",
+    "outputs.checks": "Verification",
+    "outputs.manifest": "Manifest read_manifest",
+    "outputs.pipeline": "Conversion",
+    "outputs.plan": "Plan",
+    "patient.source": "resolve",
+    "reporter": "Reporter",
+    "settings": "Settings",
+    "sweeping.result": "Sweep",
 }
-__all__ = [
-    "Analysis",
-    "Anatomy",
-    "Checkpoint",
-    "Comparison",
-    "Conversion",
-    "Edit",
-    "Emergence",
-    "Manifest",
-    "Mask",
-    "Origin",
-    "Plan",
-    "Quality",
-    "Reporter",
-    "Settings",
-    "SinkDirection",
-    "SurgeryError",
-    "Sweep",
-    "Verification",
-    "analyze",
-    "compare",
-    "convert",
-    "make_edits",
-    "masked",
-    "push",
-    "read_manifest",
-    "refresh_card",
-    "reproduce",
-    "resolve",
-    "revert",
-    "sweep",
-    "verify",
-    "weight_mask",
-    "wemask",
-]
+_HOMES = {name: home for home, names in _PUBLIC.items() for name in names.split()}
+__all__ = sorted(_HOMES)
+
+# Silent, unless whoever uses the library asks for its log.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'surgery' has no attribute {name!r}")
-    value = getattr(import_module(f"surgery.{_HOMES[name]}"), name)
+    # As `from HOME import NAME`, which also finds a module such as `surgery.gated_attention`.
+    value = getattr(__import__(f"surgery.{_HOMES[name]}", fromlist=[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

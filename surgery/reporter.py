@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 
 class Reporter:
-    """Where a conversion says what it does; this one is silent."""
+    """Where a conversion says what it does; this one shows nothing, and logs the steps."""
 
     def say(self, message: str) -> None:
         """A step has begun."""
+        logger.info("%s", message)
 
     def show(self, result: Any) -> None:
         """An Emergence, Plan, Quality or Verification is known."""

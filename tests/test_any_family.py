@@ -1,7 +1,8 @@
 """Every family: planted, located, folded through plan and write, loaded by stock transformers.
 
 One test for each model of `more_models.CASES`, and one that holds `surgery families` to them: what
-that command says was tested is what is tested here, no less and no more.
+that command says was tested is what is tested here, no less and no more. By default that is one
+model for each row of the family table; all of them are in the full selection.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import pytest
 import torch
 from more_models import CASES, DEPTH, HIDDEN, Case
 from safetensors import safe_open
-from shared import Run
+from shared import Run, rest_in_full
 
 import surgery
 from surgery.errors import BadCheckpoint, Unsupported
@@ -31,17 +32,41 @@ from surgery.models import families, stream
 from surgery.models.anatomy import Anatomy, effective_gain
 from surgery.models.families import MULTIMODAL, family_of
 from surgery.models.loading import load_model, load_tokenizer
-from surgery.models.observe import layer_norms, pad, sink_magnitudes
 from surgery.models.masking import masked
-from surgery.outputs.plan import make_plan
+from surgery.models.observe import layer_norms, pad, sink_magnitudes
 from surgery.outputs.checks import verify_edits, verify_structure, verify_untouched
+from surgery.outputs.plan import make_plan
 from surgery.outputs.write import copy_plan
 from surgery.patient import texts
 from surgery.patient.patient import examine
 
 MASKED = HIDDEN // 4
-SUPPORTED = [name for name, case in CASES.items() if case.folds]
-REFUSED = [name for name, case in CASES.items() if not case.folds]
+
+
+def condition(case: Case) -> str:
+    """Which row of its family a case belongs to."""
+    fields = {"model_type": case.model_type, **case.fields}
+    family = next(one for one in families.FAMILIES if case.model_type in one.model_types)
+    assert family_of(fields) is not None
+    return next((one.condition for one in family.cases if one.holds(fields)), "")
+
+
+def one_for_each_row() -> set[str]:
+    """The first model of each row of the table and each case of it, and of each layout of either.
+
+    Alone, and inside a multimodal model where the row has one.
+    """
+    first: dict[tuple[Any, ...], str] = {}
+    for name, case in CASES.items():
+        row = families._BY_TYPE[case.model_type].model_types
+        layout = name.partition("-")[2]
+        first.setdefault((row, condition(case), layout, bool(case.whole)), name)
+    return set(first.values())
+
+
+ROWS = one_for_each_row()
+SUPPORTED = rest_in_full((name for name, case in CASES.items() if case.folds), ROWS)
+REFUSED = rest_in_full((name for name, case in CASES.items() if not case.folds), ROWS)
 
 
 def needs(case: Case) -> None:
@@ -230,12 +255,11 @@ def test_the_list_is_what_is_tested(run: Run) -> None:
     assert f"lists the {len({family for family, _ in listed})} decoder families" in readme
 
 
-def condition(case: Case) -> str:
-    """Which row of its family a case belongs to."""
-    fields = {"model_type": case.model_type, **case.fields}
-    family = next(one for one in families.FAMILIES if case.model_type in one.model_types)
-    assert family_of(fields) is not None
-    return next((one.condition for one in family.cases if one.holds(fields)), "")
+def test_every_row_of_the_table_is_tested_by_default() -> None:
+    tested = {(CASES[name].model_type, condition(CASES[name])) for name in ROWS}
+    for family in families.FAMILIES:
+        for when in ("", *(case.condition for case in family.cases)):
+            assert tested & {(name, when) for name in family.model_types}, (family, when)
 
 
 # --------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from surgery.jobs import verify as review
 from surgery.outputs.card import card_metadata, command_line, front_matter, render_card
 from surgery.outputs.manifest import Manifest, clean_numbers, read_manifest, write_manifest
 from surgery.outputs.treatment import Treatment
+from surgery.settings import Settings
 
 Tiny = Callable[..., Path]
 Run = Callable[..., Any]
@@ -334,7 +335,7 @@ def test_any_damage(
         return
     # What was read can be used, whether or not it is true.
     render_card(manifest, {}, figure=True)
-    command_line(manifest.settings.recorded())
+    command_line(manifest.settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("surgery.outputs.folder.behaviour", lambda *_args: [])  # what takes time
         try:
@@ -538,7 +539,7 @@ def test_the_command_of_the_card_repeats_the_conversion(
         *("--calibration-tokens", "600", "--max-degradation", "5"),
     )
     run(*words, "-o", first, "--quiet").ok()
-    command = command_line(raw(first)["settings"])
+    command = command_line(read_manifest(first).settings)
     assert command in (first / CARD).read_text()
     program, *rest = shlex.split(command)
     assert program == "surgery"
@@ -548,8 +549,7 @@ def test_the_command_of_the_card_repeats_the_conversion(
 
 
 def test_command_line_is_safe_to_paste() -> None:
-    settings = {"model": "x; rm -rf ~", "rate": 0.1, "scope": "first", "revision": "$(id)"}
-    command = command_line(settings)
+    command = command_line(Settings("x; rm -rf ~", revision="$(id)"))
     assert "'x; rm -rf ~'" in command
     assert "'$(id)'" in command
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from script import run as run_program
 
 import surgery
 from surgery import errors
@@ -83,25 +83,32 @@ def test_unknown_command(shell: Run) -> None:
     assert "Traceback" not in outcome.stderr
 
 
-HEAVY = ("torch", "transformers", "numpy", "huggingface_hub", "rich", "yaml")
+HEAVY = ("torch", "transformers", "numpy", "huggingface_hub", "rich", "yaml", "matplotlib")
+HEAVY += ("pydantic",)
 
 
 @pytest.mark.parametrize(
-    ("words", "absent"),
+    ("calls", "absent"),
     [
-        (["--help"], HEAVY),
-        (["--version"], ("torch", "transformers", "huggingface_hub")),
-        *(([name, "--help"], ("torch", "transformers")) for name in _COMMANDS),
+        ([["--help"]], HEAVY),
+        ([["--version"]], ("torch", "transformers", "huggingface_hub")),
+        # What none of them imports in one process, each imports in none.
+        ([[name, "--help"] for name in _COMMANDS], ("torch", "transformers")),
     ],
+    ids=["help", "version", "help of each command"],
 )
-def test_help_imports_little(words: list[str], absent: tuple[str, ...], python: Run) -> None:
+def test_help_imports_little(calls: list[list[str]], absent: tuple[str, ...], python: Run) -> None:
     code = (
         "import sys\n"
-        "from surgery.commands import cli\n"
-        "try:\n"
-        f"    cli({words!r}, prog_name='surgery')\n"
-        "except SystemExit as end:\n"
-        "    assert end.code == 0\n"
+        "from surgery.__main__ import main\n"
+        f"for words in {calls!r}:\n"
+        "    sys.argv = ['surgery', *words]\n"
+        "    try:\n"
+        "        main()\n"
+        "    except SystemExit as end:\n"
+        "        assert end.code == 0\n"
+        "    else:\n"
+        "        raise AssertionError(words)\n"
         f"print([name for name in {absent!r} if name in sys.modules])\n"
     )
     assert python("-c", code).ok().stdout.splitlines()[-1] == "[]"
@@ -186,8 +193,11 @@ def test_convert_tells_what_it_does(tiny: Tiny, tmp_path: Path, run: Run) -> Non
 
 
 JSON_COMMANDS = ["analyze", "convert", "verify", "inspect", "card", "reproduce"]
-# Where libraries could add a word of their own that a test in this process would not see.
-IN_A_SHELL = ("convert", "verify")
+full = pytest.mark.full
+HERE = [(name, False) for name in JSON_COMMANDS]
+# Where libraries could add a word of their own that a test in this process would not see; in every
+# run that is seen in the conversion of test_package.py.
+IN_A_SHELL = [pytest.param(name, True, marks=full) for name in ("convert", "verify")]
 
 
 def words_of(name: str, tiny: Tiny, output: Path, tmp_path: Path) -> tuple[Any, ...]:
@@ -198,11 +208,11 @@ def words_of(name: str, tiny: Tiny, output: Path, tmp_path: Path) -> tuple[Any, 
     return (name, output)
 
 
-@pytest.mark.parametrize("name", JSON_COMMANDS)
+@pytest.mark.parametrize(("name", "in_a_shell"), [*HERE, *IN_A_SHELL])
 def test_json_is_one_object_and_nothing_else(
-    name: str, tiny: Tiny, output: Path, tmp_path: Path, run: Run, shell: Run
+    name: str, in_a_shell: bool, tiny: Tiny, output: Path, tmp_path: Path, run: Run, shell: Run
 ) -> None:
-    call = shell if name in IN_A_SHELL else run
+    call = shell if in_a_shell else run
     outcome = call(*words_of(name, tiny, output, tmp_path), "--json").ok()
     found = outcome.json()
     assert outcome.stderr == ""
@@ -230,11 +240,11 @@ def test_json_is_one_object_and_nothing_else(
         assert found["same"] is True
 
 
-@pytest.mark.parametrize("name", JSON_COMMANDS)
+@pytest.mark.parametrize(("name", "in_a_shell"), [*HERE, *IN_A_SHELL])
 def test_quiet_prints_nothing(
-    name: str, tiny: Tiny, output: Path, tmp_path: Path, run: Run, shell: Run
+    name: str, in_a_shell: bool, tiny: Tiny, output: Path, tmp_path: Path, run: Run, shell: Run
 ) -> None:
-    call = shell if name in IN_A_SHELL else run
+    call = shell if in_a_shell else run
     outcome = call(*words_of(name, tiny, output, tmp_path), "--quiet").ok()
     assert (outcome.stdout, outcome.stderr) == ("", "")
 
@@ -560,12 +570,8 @@ def test_a_terminal_with_few_characters(
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 @pytest.mark.parametrize("words", ["--help", "--version", "families", "inspect --help"])
 def test_a_full_disk_behind_stdout(words: str) -> None:
-    done = subprocess.run(
-        ["bash", "-c", f'"{sys.executable}" -m surgery {words} > /dev/full'],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+    done = run_program(
+        "bash", "-c", f'"{sys.executable}" -m surgery {words} > /dev/full', timeout=60
     )
     assert done.returncode == 1
     assert done.stderr == "Error: No space left on device.\n"
@@ -585,23 +591,36 @@ def test_short_contexts(tiny: Tiny, tmp_path: Path, run: Run) -> None:
         run("verify", tmp_path / fold, "--quiet").ok()
 
 
-def test_interrupted(tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "code", "word"),
+    [(KeyboardInterrupt, 130, "Interrupted"), (errors.Terminated, 143, "Terminated")],
+    ids=["INT", "TERM"],
+)
+def test_interrupted(
+    error: type[BaseException],
+    code: int,
+    word: str,
+    tiny: Tiny,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As by the handlers of the two signals, of which tests/faults sends real ones."""
+
     def interrupt(*_args: Any) -> Any:
-        raise KeyboardInterrupt
+        raise error
 
     monkeypatch.setattr("surgery.outputs.folder.copy_plan", interrupt)
     words = ("convert", tiny(), "--layer", 3, "--no-check", "-o", tmp_path / "out", "--quiet")
     outcome = run(*words)
-    assert outcome.code == 130
-    assert outcome.stderr == "Interrupted; nothing was left behind.\n"
+    assert outcome.code == code
+    assert outcome.stderr == f"{word}; nothing was left behind.\n"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_closed_pipe(finished: Path) -> None:
     command = f'"{sys.executable}" -m surgery inspect "{finished}" --json | head -n 1'
-    done = subprocess.run(
-        ["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = run_program("bash", "-c", command, timeout=60)
     assert done.stdout == "{\n"
     assert done.stderr == ""
 
@@ -716,8 +735,8 @@ def test_force_where_none_is_needed(tiny: Tiny, tmp_path: Path, run: Run) -> Non
         ("llama", "norm", "all"),
         ("gpt2", "qkv", "first"),
         ("gemma3_text", "sink", "all"),
-        ("phi", "qkv", "all"),
-        ("qwen3_moe", "sink", "first"),
+        pytest.param("phi", "qkv", "all", marks=full),
+        pytest.param("qwen3_moe", "sink", "first", marks=full),
     ],
 )
 def test_convert_verify_reproduce(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cut import LAYER, six_layer_cut
+from cut import LAYER
 
 import surgery
 from surgery.errors import BadSettings, SurgeryError
@@ -310,7 +312,7 @@ def scored(mean: float, difference: dict[str, Any] | None) -> dict[str, Any]:
 
 def with_task(found: comparison.Comparison) -> dict[str, Any]:
     """A results file with a task's row, without running one."""
-    raw = found.as_dict()
+    raw = copy.deepcopy(found.as_dict())
     change = {
         **{"n": 40, "difference": -0.1, "standard_error": 0.02, "low": -0.14, "high": -0.06},
         **{"gained": 1, "lost": 5, "p_discordant": 0.2, "verdict": "no difference shown"},
@@ -332,13 +334,13 @@ def with_task(found: comparison.Comparison) -> dict[str, Any]:
 
 
 @pytest.fixture
-def carded(tiny: Tiny, tmp_path: Path) -> tuple[Path, Path]:
+def carded(
+    converted: tuple[Path, Path], compared: comparison.Comparison, tmp_path: Path
+) -> tuple[Path, Path]:
     """A conversion that the test may change, and a results file of it."""
-    base, edited = tiny("llama"), tmp_path / "edited"
-    surgery.convert(str(base), output=edited, force=True, check_tokens=300)
-    file = tmp_path / "results.json"
-    found = surgery.compare(str(base), edited, **QUICK)
-    file.write_text(json.dumps(with_task(found)), encoding="utf-8")
+    edited, file = tmp_path / "edited", tmp_path / "results.json"
+    shutil.copytree(converted[1], edited)
+    file.write_text(json.dumps(with_task(compared)), encoding="utf-8")
     return edited, file
 
 
@@ -415,15 +417,14 @@ def test_a_manifest_with_damaged_results_is_refused(carded: tuple[Path, Path]) -
 # --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="session")
-def cut(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+@pytest.fixture(scope="module")
+def cut(six_layers: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Six layers of the demo model, and their conversion."""
-    folder = tmp_path_factory.mktemp("cut")
-    base = six_layer_cut(folder / "base")
+    edited = tmp_path_factory.mktemp("cut") / "edited"
     surgery.convert(
-        str(base), output=folder / "edited", layer=LAYER, scope="all", force=True, check_tokens=128
+        str(six_layers), output=edited, layer=LAYER, scope="all", force=True, check_tokens=128
     )
-    return base, folder / "edited"
+    return six_layers, edited
 
 
 TASKS = {"limit": 4, "max_new_tokens": 12, "seeds": (0, 1), "batch_size": "4"}
@@ -472,19 +473,27 @@ def test_tasks_run_on_every_model(tasked: comparison.Comparison) -> None:
 @needs_harness
 @needs_data
 def test_scores_are_the_harness_s_own(
-    cut: tuple[Path, Path], tasked: comparison.Comparison, python: Any, tmp_path: Path
+    cut: tuple[Path, Path],
+    tasked: comparison.Comparison,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """The same numbers as lm-evaluation-harness's own command line on the written checkpoint."""
+    from lm_eval.__main__ import cli_evaluate
+
     from surgery.files.resources import resource_folder
 
-    python(
-        "-m", "lm_eval", "run", "--model", "hf",
+    words = (
+        "lm_eval", "run", "--model", "hf",
         "--model_args", f"pretrained={cut[1]},dtype=float32,enable_thinking=False",
         "--include_path", resource_folder("recipes") / "tasks",
         "--metadata", json.dumps({"data": str(SHARED)}),
         "--tasks", "wemask_piqa", "--limit", 4, "--batch_size", 4, "--device", "cpu",
         "--seed", "0,0,0,0", "--apply_chat_template", "--output_path", tmp_path,
-    ).ok()  # fmt: skip
+    )  # fmt: skip
+    monkeypatch.setattr("sys.argv", [str(word) for word in words])
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which it sets for good
+    cli_evaluate()
     written = json.loads(next(tmp_path.rglob("results_*.json")).read_text(encoding="utf-8"))
     theirs = written["results"]["wemask_piqa"]
     for row in tasked.tasks:
@@ -567,8 +576,8 @@ def test_two_processes_score_as_one(
 @needs_harness
 @needs_data
 def test_a_shipped_group_takes_what_is_in_the_folder() -> None:
-    from surgery.measure.task_settings import TaskSettings
     from surgery.measure.task_loading import load_tasks
+    from surgery.measure.task_settings import TaskSettings
     from surgery.reporter import Reporter
 
     loaded = load_tasks(TaskSettings(("knowledge", "math"), data=str(SHARED)), Reporter())
@@ -585,8 +594,8 @@ def test_a_shipped_group_takes_what_is_in_the_folder() -> None:
 
 @needs_harness
 def test_a_yaml_file_and_a_folder_are_tasks(tmp_path: Path) -> None:
-    from surgery.measure.task_settings import TaskSettings
     from surgery.measure.task_loading import load_tasks
+    from surgery.measure.task_settings import TaskSettings
     from surgery.reporter import Reporter
 
     rows = tmp_path / "rows.jsonl"

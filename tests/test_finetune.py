@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.numpy import load_file
+from small_recipes import least_recipe, shipped_recipe
 from test_finetune_recipe import RECIPES
 
 import surgery
@@ -26,11 +28,23 @@ from surgery.jobs.verify import verify
 from surgery.models.gated_attention import add_gates, gated
 from surgery.models.loading import load_model
 from surgery.reporter import Reporter
+from surgery.settings import Settings
+from surgery.training.case import SMOKE_TOKENS
+from surgery.training.data import load_data
 from surgery.training.recipe import read_recipe
-from surgery.training.smoke import make_small
+from surgery.training.smoke import make_small, smoke_rows
 from surgery.training.trainer import MaskFigures
 
 Run = Callable[..., Any]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _little_text() -> Iterator[None]:
+    """Folds are measured on as little text as `--smoke` takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Settings, "check_tokens", SMOKE_TOKENS)
+        patch.setattr(Settings, "calibration_tokens", SMOKE_TOKENS)
+        yield
 
 
 class Lines(Reporter):
@@ -41,23 +55,6 @@ class Lines(Reporter):
 
     def say(self, message: str) -> None:
         self.said.append(message)
-
-
-def recipe_file(folder: Path, name: str, block: dict[str, Any], **keys: Any) -> Path:
-    """A shipped recipe with some keys changed."""
-    raw = {**read_recipe(resource_folder("recipes") / f"{name}.yaml"), **keys}
-    raw["surgery"] = {**raw["surgery"], **block}
-    path = folder / f"{name}.yaml"
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(raw))
-    return path
-
-
-def train(folder: Path, name: str, block: dict[str, Any] | None = None, **keys: Any) -> FineTuning:
-    path = recipe_file(folder, name, block or {}, **keys)
-    found = finetune(path, smoke=True, output=folder / "out")
-    assert found is not None
-    return found
 
 
 def tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -108,12 +105,12 @@ def check_calls(calls: Calls, name: str) -> None:
         assert not first.any()
 
 
-def check_gated_adapter(adapter: Path) -> None:
+def check_gated_adapter(adapter: Path, folder: Path) -> None:
     """Loaded as its card says, the gates are the trained ones, and they act."""
     from peft import PeftModel
 
     ids = torch.arange(20)[None] + 100
-    base = load_model(base_folder())
+    base = load_model(folder)
     add_gates(base)
     model = PeftModel.from_pretrained(base, str(adapter)).eval()
     with torch.inference_mode():
@@ -127,9 +124,98 @@ def check_gated_adapter(adapter: Path) -> None:
     assert all((stored[name] != 4.0).any() for name in gates)
 
 
+# The columns that each method trains on.
+COLUMNS = {
+    "sft": {"prompt", "completion"},
+    "dpo": {"prompt", "chosen", "rejected"},
+    "grpo": {"prompt", "answer"},
+}
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_shipped_recipes_run(
+def test_shipped_recipes_are_planned(
     run: Run, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Everything that comes before the first step: made small, parsed, its masks and its rows."""
+    path = resource_folder("recipes") / f"{name}.yaml"
+    planned: list[Any] = []
+
+    def train(
+        recipe: Any, _checkpoint: Any, _anatomy: Any, mask: Any, *rest: Any, **_: Any
+    ) -> None:
+        shut, _folder = rest
+        planned.extend((mask, shut, load_data(recipe)))
+
+    monkeypatch.setattr("surgery.jobs.finetune.train", train)
+    run("finetune", path, "--smoke", "--output", tmp_path / "out", "--quiet").ok()
+    mask, shut, (rows, held_out) = planned
+    record = json.loads((tmp_path / "out" / "training" / "recipe.json").read_text())
+    assert set(rows.column_names) == COLUMNS[record["surgery"]["method"]]
+    assert len(rows) == 8
+    assert held_out is None
+    assert shut == {}  # a sink fold takes nothing away from tokens that are not the first
+    masks = tmp_path / "out" / "training" / "masks.json"
+    if name in ("sft_baseline", "sft_gated_attention"):
+        assert mask is None
+        assert not masks.exists()
+        return
+    assert mask.layers == (3, 4, 5)
+    assert {len(chosen) for chosen in mask.dimensions.values()} == {57}  # a tenth of 576
+    training, fold = json.loads(masks.read_text())
+    assert list(training["dimensions"]) == ["3", "4", "5"]
+    assert list(fold["dimensions"]) == (["3", "4", "5"] if name == "sft_instruction" else ["3"])
+
+
+# One recipe per method, and the gates. One of them trains what `--smoke` trains, the cut of the demo
+# model; the others a tiny model with the same layers. In a full run all recipes train the cut.
+OFTEN = {
+    "sft_math": "demo",
+    "dpo_safety": "tiny",
+    "grpo_math": "tiny",
+    "sft_gated_attention": "tiny",
+}
+
+
+@pytest.fixture
+def small_base(
+    request: pytest.FixtureRequest,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """The folder of what `--smoke` trains."""
+    if request.param == "demo":
+        return base_folder()
+    folder = tmp_path / "tiny-llama"
+    shutil.copytree(tiny("llama", layer=2, layers=6), folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+
+    def prepared(method: str) -> tuple[Path, Path]:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("\n".join(json.dumps(row) for row in smoke_rows(method)))
+        return folder, rows
+
+    monkeypatch.setattr("surgery.training.smoke._prepared", prepared)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "small_base"),
+    [
+        *OFTEN.items(),
+        *(
+            pytest.param(name, "demo", marks=pytest.mark.full)
+            for name in RECIPES
+            if OFTEN.get(name) != "demo"
+        ),
+    ],
+    indirect=["small_base"],
+)
+def test_shipped_recipes_run(
+    run: Run, small_base: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`surgery finetune recipes/….yaml --smoke`, unchanged; what it writes loads by itself."""
     path = resource_folder("recipes") / f"{name}.yaml"
@@ -154,10 +240,10 @@ def test_shipped_recipes_run(
         card = (out / "adapter" / "README.md").read_text()
         assert "cannot be folded" in card
         assert record["model"] is None
-        check_gated_adapter(out / "adapter")
+        check_gated_adapter(out / "adapter", small_base)
         return
     model = load_model(out / "model")
-    base = load_model(base_folder())
+    base = load_model(small_base)
     ids = torch.arange(20)[None] + 100
     with torch.inference_mode():
         difference = (model(ids).logits - base(ids).logits).abs().max()
@@ -178,35 +264,54 @@ def test_shipped_recipes_run(
 # --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def by_fold(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], FineTuning]:
-    """A training with each fold, decaying weights hard, both outputs asked for."""
-    made: dict[str, FineTuning] = {}
+@dataclass
+class ByFold:
+    """Trainings of one model, one for each fold, decaying weights hard, both outputs asked for.
 
-    def get(fold: str) -> FineTuning:
-        if fold not in made:
-            folder = tmp_path_factory.mktemp(fold)
-            made[fold] = train(
-                folder,
+    folder: what is written lies below. model: None for the cut of the demo model.
+    """
+
+    folder: Path
+    model: Path | None
+    made: dict[str, FineTuning] = field(default_factory=dict)
+
+    @property
+    def base(self) -> Path:
+        return self.model or base_folder()
+
+    def __call__(self, fold: str) -> FineTuning:
+        if fold not in self.made:
+            path = shipped_recipe(
+                self.folder / fold / "sft_math.yaml",
                 "sft_math",
                 {"fold": fold, "save": "both", "fold_scope": "all" if fold == "qkv" else "first"},
+                model=self.model,
                 learning_rate=5e-3,
                 weight_decay=0.5,
             )
-        return made[fold]
+            found = finetune(path, output=self.folder / fold / "out", smoke=self.model is None)
+            assert found is not None
+            self.made[fold] = found
+        return self.made[fold]
 
-    return get
+
+@pytest.fixture(scope="module", params=["tiny", pytest.param("demo", marks=pytest.mark.full)])
+def by_fold(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny: Callable[..., Path],
+) -> ByFold:
+    model = tiny("llama", layer=2, layers=6) if request.param == "tiny" else None
+    return ByFold(tmp_path_factory.mktemp(f"folds-of-{request.param}"), model)
 
 
 @pytest.mark.parametrize("fold", ["norm", "qkv"])
-def test_masked_inputs_are_zero_and_stay_zero(
-    by_fold: Callable[[str], FineTuning], fold: str
-) -> None:
+def test_masked_inputs_are_zero_and_stay_zero(by_fold: ByFold, fold: str) -> None:
     """In the saved file the masked inputs are exactly zero, in A[:, S] too."""
     result = by_fold(fold)
     assert result.model is not None
     assert result.adapter is not None
-    saved, base = tensors(result.model), tensors(base_folder())
+    saved, base = tensors(result.model), tensors(by_fold.base)
     manifest = surgery.read_manifest(result.model)
     targets = [3] if fold == "norm" else [3, 4, 5]
     assert sorted(manifest.dimensions) == targets
@@ -214,7 +319,7 @@ def test_masked_inputs_are_zero_and_stay_zero(
     raw = load_file(result.output / "training" / "adapter" / "adapter_model.safetensors")
     for layer, chosen in manifest.dimensions.items():
         prefix = f"model.layers.{layer}"
-        others = np.setdiff1d(np.arange(576), chosen)
+        others = np.setdiff1d(np.arange(manifest.hidden_size), chosen)
         for reader in "qkv":
             name = f"{prefix}.self_attn.{reader}_proj.weight"
             if fold == "qkv":
@@ -239,7 +344,7 @@ def test_masked_inputs_are_zero_and_stay_zero(
 
 
 def test_norm_and_qkv_adapters_belong_to_the_folded_base(
-    by_fold: Callable[[str], FineTuning],
+    by_fold: ByFold,
 ) -> None:
     """Stock PEFT on the model the adapter names gives what the merged checkpoint gives."""
     from peft import AutoPeftModelForCausalLM
@@ -258,7 +363,7 @@ def test_norm_and_qkv_adapters_belong_to_the_folded_base(
         assert difference < 1e-2  # of logits that are thousands
 
 
-def test_a_sink_fold_goes_into_the_adapter(by_fold: Callable[[str], FineTuning]) -> None:
+def test_a_sink_fold_goes_into_the_adapter(by_fold: ByFold) -> None:
     """One rank more on the readers of the target layer; the base is the recipe's own model."""
     from peft import AutoPeftModelForCausalLM
 
@@ -266,7 +371,7 @@ def test_a_sink_fold_goes_into_the_adapter(by_fold: Callable[[str], FineTuning])
     assert result.base is None
     assert result.adapter is not None
     config = json.loads((result.adapter / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(base_folder().resolve())
+    assert config["base_model_name_or_path"] == str(by_fold.base.resolve())
     readers = {f"model.layers.3.self_attn.{reader}_proj": 33 for reader in "qkv"}
     assert config["rank_pattern"] == readers
     assert config["target_modules"] == sorted(config["target_modules"])  # the same in every process
@@ -279,9 +384,7 @@ def test_a_sink_fold_goes_into_the_adapter(by_fold: Callable[[str], FineTuning])
     assert (one - other).abs().max() < 1e-3 * other.abs().max()
 
 
-def test_looking_at_a_trained_checkpoint_again(
-    by_fold: Callable[[str], FineTuning], run: Run, tmp_path: Path
-) -> None:
+def test_looking_at_a_trained_checkpoint_again(by_fold: ByFold, run: Run, tmp_path: Path) -> None:
     """verify proves what was not trained; reproduce and revert say why they cannot."""
     result = by_fold("norm")
     assert result.model is not None
@@ -313,25 +416,9 @@ def test_looking_at_a_trained_checkpoint_again(
 
 def gemma(tiny: Callable[..., Path], tmp_path: Path, **block: Any) -> Path:
     """A recipe for a tiny Gemma with a large learning rate and weight decay."""
-    rows = tmp_path / "rows.jsonl"
-    row = {"prompt": "The keeper counted 365 steps.", "completion": " Bread and coffee."}
-    rows.write_text("\n".join([json.dumps(row)] * 4))
-    raw = {
-        "model_name_or_path": str(tiny("gemma3_text", layer=2, layers=6)),
-        "datasets": [{"path": "json", "data_files": str(rows)}],
-        "dtype": "float32",
-        "bf16": False,
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "weight_decay": 0.5,
-        "report_to": "none",
-        "lora_target_modules": "all-linear",
-        "surgery": {"layer": 2, "fold": "norm", **block},
-    }
-    path = tmp_path / "gemma.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return path
+    model = tiny("gemma3_text", layer=2, layers=6)
+    block = {"layer": 2, "fold": "norm", **block}
+    return least_recipe(tmp_path / "gemma.yaml", model, block, weight_decay=0.5)
 
 
 def test_unit_offset_norms_are_not_decayed(tiny: Callable[..., Path], tmp_path: Path) -> None:
@@ -433,18 +520,23 @@ def test_what_libraries_say_is_one_sentence(
 
 
 def test_gated_attention_is_refused_a_fold(tmp_path: Path) -> None:
+    path = shipped_recipe(tmp_path / "gated.yaml", "sft_gated_attention", {"fold": "norm"})
     with pytest.raises(BadSettings, match="cannot be folded"):
-        train(tmp_path, "sft_gated_attention", {"fold": "norm"})
+        finetune(path, output=tmp_path / "out")
 
 
-def test_progress_is_told_and_tracked(tmp_path: Path) -> None:
+def test_progress_is_told_and_tracked(tiny: Callable[..., Path], tmp_path: Path) -> None:
     """A line for each log at the terminal, and the figures in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    path = recipe_file(tmp_path, "sft_math", {"fold": "none", "save": "adapter"})
-    small = make_small(read_recipe(path))
-    small |= {"report_to": "tensorboard", "max_steps": 2}
-    path.write_text(yaml.safe_dump(small))
+    path = shipped_recipe(
+        tmp_path / "recipe.yaml",
+        "sft_math",
+        {"fold": "none", "save": "adapter"},
+        model=tiny("llama", layer=2, layers=6),
+        report_to="tensorboard",
+        max_steps=2,
+    )
     lines = Lines()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))

@@ -1,4 +1,8 @@
-"""Training that is killed, and training in two processes: the same weights as without either."""
+"""Training that is killed, and training in two processes: the same weights as without either.
+
+By default the process that dies is a fork, in the middle of a training of a tiny model; processes
+of their own, and the cut of the demo model, are for full runs.
+"""
 
 from __future__ import annotations
 
@@ -8,34 +12,36 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
-import yaml
 from hub_server import HubServer
 from safetensors.numpy import load_file
 from script import run_script
+from small_recipes import least_recipe, shipped_recipe
+
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
+
+from crash_points import KILLED, in_child, interrupt, kill
 
 from surgery.files.resources import resource_folder
 from surgery.jobs.finetune import finetune
-from surgery.training.recipe import read_recipe
-from surgery.training.smoke import make_small
+from surgery.reporter import Reporter
 from surgery.training.trainer import last_checkpoint
 
 RECIPES = resource_folder("recipes")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
-def recipe_file(path: Path, name: str = "sft_math", **keys: Any) -> Path:
+def recipe_file(path: Path, name: str = "sft_math", model: Path | None = None, **keys: Any) -> Path:
     """A small recipe whose adapter is all that is wanted; A[:, S] closed in all masked layers."""
-    raw = make_small(read_recipe(RECIPES / f"{name}.yaml"))
-    raw |= {"save_steps": 100, "learning_rate": 1e-2, **keys}
-    raw["surgery"] |= {"tokens": "every", "fold": "none", "save": "adapter"}
-    path.write_text(yaml.safe_dump(raw))
-    return path
+    block = {"tokens": "every", "fold": "none", "save": "adapter"}
+    keys = {"save_steps": 100, "learning_rate": 1e-2, **keys}
+    return shipped_recipe(path, name, block, model=model, **keys)
 
 
 def trained(output: Path) -> dict[str, np.ndarray]:
@@ -62,6 +68,76 @@ def launch(words: list[str]) -> subprocess.Popen[str]:
 # --------------------------------------------------------------------------------------------
 
 
+def require_same(whole: Path, broken: Path) -> None:
+    """The same adapter to the last bit, and the same losses at every step."""
+    one, other = trained(whole), trained(broken)
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert np.array_equal(value, other[name]), name
+    assert losses(whole) == losses(broken)
+
+
+class AtStep(Reporter):
+    """Does something once a step was taken and told, before anything of it is stored."""
+
+    def __init__(self, step: int, action: Callable[[], None]) -> None:
+        self.begins, self.action = f"Step {step} ", action
+
+    def say(self, message: str) -> None:
+        if message.startswith(self.begins):
+            self.action()
+
+
+@pytest.fixture(scope="module")
+def left_alone(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Callable[..., Path]
+) -> tuple[Path, Path]:
+    """A recipe for a tiny model, and what a training that nothing happens to writes."""
+    folder = tmp_path_factory.mktemp("left-alone")
+    recipe = recipe_file(
+        folder / "r.yaml",
+        model=tiny("llama", layer=2, layers=6),
+        lora_dropout=0.1,
+        save_steps=2,
+        max_steps=4,
+    )
+    finetune(recipe, output=folder / "whole")
+    return recipe, folder / "whole"
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_a_stopped_training_resumes_to_the_same_weights(
+    left_alone: tuple[Path, Path],
+    tmp_path: Path,
+    run: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    """Between two checkpoints; dropout, order of data, schedule and optimiser go on as if not."""
+    (recipe, whole), broken = left_alone, tmp_path / "broken"
+    if how == "killed":
+        dying = AtStep(3, kill)
+        assert in_child(lambda: finetune(recipe, output=broken, reporter=dying) and None) == KILLED
+    else:
+        with monkeypatch.context() as patch:
+            stopping = AtStep(3, interrupt)
+            patch.setattr("surgery.commands.terminal.Terminal.say", lambda _, m: stopping.say(m))
+            stopped = run("finetune", recipe, "-o", broken)
+        assert stopped.code == 130
+        said = "Interrupted; go on from the last checkpoint with --resume."
+        assert stopped.stderr.splitlines()[-1] == said
+        assert [entry.name for entry in broken.iterdir()] == ["training"]
+    checkpoints = broken / "training" / "checkpoints"
+    reached = last_checkpoint(checkpoints)
+    assert reached is not None
+    assert reached.name == "checkpoint-2"
+    assert not (broken / "adapter").exists()
+    (checkpoints / "checkpoint-99").mkdir()  # begun when the process died
+    begun = AtStep(1, lambda: pytest.fail("a step was taken again"))
+    finetune(recipe, output=broken, resume=True, reporter=begun)
+    require_same(whole, broken)
+
+
 def kill_and_resume(tmp_path: Path, recipe: Path, kill_after: int) -> None:
     """SIGKILL once a checkpoint is complete, then --resume; compare with a run left alone."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -82,13 +158,10 @@ def kill_and_resume(tmp_path: Path, recipe: Path, kill_after: int) -> None:
     # What a kill in the middle of a checkpoint leaves: it must not be resumed from.
     (checkpoints / "checkpoint-99").mkdir()
     finetune(recipe, output=broken, resume=True)
-    one, other = trained(whole), trained(broken)
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert np.array_equal(value, other[name]), name
-    assert losses(whole) == losses(broken)
+    require_same(whole, broken)
 
 
+@pytest.mark.full
 def test_a_killed_training_resumes_to_the_same_weights(tmp_path: Path) -> None:
     """Dropout, order of data, schedule and optimiser included: equal to the last bit."""
     recipe = recipe_file(tmp_path / "r.yaml", lora_dropout=0.1, save_steps=4, max_steps=7)
@@ -172,23 +245,11 @@ def head(hub: HubServer, repo: str) -> str:
 def test_adapters_name_the_model_they_belong_to(tmp_path: Path) -> None:
     """Trained from the Hub and pushed to it: the base, its commit, and all that was written."""
     source = tiny_models.save("qwen3", tmp_path / "Qwen3-4B", layer=6, layers=12)
-    rows = tmp_path / "rows.jsonl"
-    row = {"prompt": "The keeper counted 365 steps.", "completion": " Bread and coffee."}
-    rows.write_text("\n".join([json.dumps(row)] * 4))
-    raw: dict[str, Any] = {
-        "model_name_or_path": "Qwen/Qwen3-4B",
-        "datasets": [{"path": "json", "data_files": str(rows)}],
-        "dtype": "float32",
-        "bf16": False,
-        "max_steps": 1,
-        "report_to": "none",
-        "lora_target_modules": "all-linear",
-        "surgery": {"fold": "norm", "save": "both", "force": True, "push": "me/trained"},
-    }
-    norm, none = tmp_path / "norm.yaml", tmp_path / "none.yaml"
-    norm.write_text(yaml.safe_dump(raw))
-    raw["surgery"] = {"fold": "none", "save": "adapter"}
-    none.write_text(yaml.safe_dump(raw))
+    name = "Qwen/Qwen3-4B"
+    block = {"fold": "norm", "save": "both", "force": True, "push": "me/trained"}
+    norm = least_recipe(tmp_path / "norm.yaml", name, block, max_steps=1)
+    block = {"fold": "none", "save": "adapter"}
+    none = least_recipe(tmp_path / "none.yaml", name, block, max_steps=1)
     with HubServer(tmp_path / "server", token="hf_canary") as hub:
         hub.add_repo("Qwen/Qwen3-4B", source)
         env = {**hub.env(), "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_canary"}
@@ -218,6 +279,7 @@ def test_adapters_name_the_model_they_belong_to(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """`accelerate launch -m surgery finetune` with the shipped DDP and FSDP2 files (gloo)."""
     one = recipe_file(tmp_path / "one.yaml", lora_dropout=0.0, per_device_train_batch_size=4)

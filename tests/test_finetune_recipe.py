@@ -12,9 +12,9 @@ import pytest
 
 from surgery.errors import BadSettings
 from surgery.files.resources import resource_folder
+from surgery.outputs.treatment import Treatment
 from surgery.training.data import conversation, final_answer, load_data, preference, problem
 from surgery.training.recipe import Recipe, parse_recipe, read_recipe
-from surgery.outputs.treatment import Treatment
 from surgery.training.rewards import exact_answer
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

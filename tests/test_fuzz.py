@@ -14,6 +14,10 @@ sys.path.insert(0, str(Path(__file__).parent / "fuzz"))
 from targets import TARGETS, attempt, seeds
 
 names = pytest.mark.parametrize("name", list(TARGETS))
+# How many inputs: enough to notice a parser that has become careless, and more in a full run.
+amounts = pytest.mark.parametrize(
+    "examples", [40, pytest.param(200, marks=pytest.mark.full)], ids=["some", "many"]
+)
 
 
 @names
@@ -25,9 +29,10 @@ def test_what_once_went_wrong(name: str) -> None:
         attempt(name, data)
 
 
+@amounts
 @names
-def test_random_bytes(name: str) -> None:
-    @settings(max_examples=150)
+def test_random_bytes(name: str, examples: int) -> None:
+    @settings(max_examples=examples)
     @given(st.binary(max_size=300))
     def check(data: bytes) -> None:
         attempt(name, data)
@@ -35,11 +40,12 @@ def test_random_bytes(name: str) -> None:
     check()
 
 
+@amounts
 @names
-def test_damaged_seeds(name: str) -> None:
+def test_damaged_seeds(name: str, examples: int) -> None:
     """Bytes of a valid input changed, cut out, doubled or inserted."""
 
-    @settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=examples, suppress_health_check=[HealthCheck.too_slow])
     @given(st.data())
     def check(data: st.DataObject) -> None:
         raw = bytearray(data.draw(st.sampled_from(seeds(name)), label="seed"))

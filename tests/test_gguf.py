@@ -39,8 +39,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cut(folder: Path) -> Path:
-    return gguf_cut(folder / "cut.gguf")
+def cut(small_gguf: Path, folder: Path) -> Path:
+    return Path(shutil.copy(small_gguf, folder))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from script import run as run_program
 
 REPO = "tester/model"
 WEIGHTS = os.urandom(3 << 20)
@@ -320,6 +320,6 @@ def test_subprocess(server: HubServer, folder: Path, tmp_path: Path) -> None:
         f"create_repo({REPO!r})\n"
         f"upload_folder(repo_id={REPO!r}, folder_path={str(folder)!r})\n"
     )
-    env = {**os.environ, **server.env(), "HF_HOME": str(tmp_path / "home")}
-    subprocess.run([sys.executable, "-c", script], env=env, check=True)
+    env = {**server.env(), "HF_HOME": str(tmp_path / "home")}
+    run_program(sys.executable, "-c", script, env=env, check=True)
     assert stored(server)["model.safetensors"] == WEIGHTS

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import tiny_models
 from hub_server import HubServer
+from script import run as run_program
 from script import run_script
+from shared import Run, use_hub
 
 from surgery.files.checkpoint import Origin, open_checkpoint
 
@@ -47,6 +49,14 @@ def env(hub: HubServer, tmp_path: Path) -> dict[str, str]:
     return {**hub.env(), "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": CANARY}
 
 
+@pytest.fixture
+def here(hub: HubServer, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Commands in this process, in the temporary folder, with the server for a Hub."""
+    use_hub(hub, monkeypatch, tmp_path / "home")
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
 def no_canary(*texts: str, folder: Path) -> None:
     assert all(CANARY not in text for text in texts)
     for path in folder.rglob("*"):
@@ -54,7 +64,22 @@ def no_canary(*texts: str, folder: Path) -> None:
             assert CANARY.encode() not in path.read_bytes(), path
 
 
-def test_as_typed(hub: HubServer, env: dict[str, str], source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "thorough", [False, pytest.param(True, marks=pytest.mark.full)], ids=["quick", "thorough"]
+)
+def test_as_typed(
+    thorough: bool,
+    hub: HubServer,
+    env: dict[str, str],
+    source: Path,
+    tmp_path: Path,
+    here: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a process of its own; what is published is loaded in one where there is no surgery.
+
+    In a quick run it is loaded in this process.
+    """
     work = tmp_path / "work"
     work.mkdir()
     done = run_script(
@@ -92,33 +117,52 @@ def test_as_typed(hub: HubServer, env: dict[str, str], source: Path, tmp_path: P
     assert "model-index" not in card
     assert "license: apache-2.0" in card
     no_canary(done.stdout, done.stderr, folder=work)
-    loaded = subprocess.run(
-        [sys.executable, "-c", STOCK, "me/Qwen3-4B-WeMask"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **env, "HF_HOME": str(tmp_path / "elsewhere")},
-    )
-    assert loaded.returncode == 0, loaded.stderr
-    assert json.loads(loaded.stdout.splitlines()[-1]) == {
-        "finite": True,
-        "class": "Qwen3ForCausalLM",
-    }
-    for command in (["verify", str(output)], ["reproduce", str(output)]):
-        again = run_script(*command, env=env)
-        assert again.returncode == 0, again.stdout + again.stderr
+    loaded = stock_of(thorough, "me/Qwen3-4B-WeMask", env, tmp_path / "elsewhere", monkeypatch)
+    assert loaded == {"finite": True, "class": "Qwen3ForCausalLM"}
+    for command in ("verify", "reproduce") if thorough else ("verify",):
+        again = here(command, output).ok()
         no_canary(again.stdout, again.stderr, folder=work)
 
 
-def test_revisions_and_the_offline_cache(hub: HubServer, env: dict[str, str], tmp_path: Path):
+def stock_of(
+    apart: bool, model: str, env: dict[str, str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, object]:
+    """What `STOCK` prints of a model on the Hub, in a process of its own or in this one."""
+    if apart:
+        done = run_program(sys.executable, "-c", STOCK, model, env={**env, "HF_HOME": str(home)})
+        assert done.returncode == 0, done.stderr
+        printed = done.stdout
+    else:
+        said = io.StringIO()
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(said):
+            patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(home / "hub"))
+            patch.setattr(sys, "argv", ["-c", model])
+            patch.setitem(sys.modules, "surgery", None)
+            exec(compile(STOCK, "stock.py", "exec"), {"__name__": "__main__"})
+        printed = said.getvalue()
+    found: dict[str, object] = json.loads(printed.splitlines()[-1])
+    return found
+
+
+def test_revisions_and_the_offline_cache(
+    hub: HubServer,
+    env: dict[str, str],
+    tmp_path: Path,
+    here: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     sha = hub.repo("Qwen/Qwen3-4B").commits[-1].sha
     quick = ["--layer", "6", "--no-check", "--quiet"]
-    online = run_script("convert", "Qwen/Qwen3-4B", *quick, "-o", "a", cwd=tmp_path, env=env)
-    assert online.returncode == 0, online.stderr
+    here("convert", "Qwen/Qwen3-4B", *quick, "-o", "a").ok()
     asked = len(hub.requests)
     offline = {**env, "HF_HUB_OFFLINE": "1"}
-    for model, output in (("Qwen/Qwen3-4B", "b"), (f"Qwen/Qwen3-4B@{sha}", "c")):
-        cached = run_script("convert", model, *quick, "-o", output, cwd=tmp_path, env=offline)
-        assert cached.returncode == 0, cached.stderr
+    cached = run_script(
+        "convert", f"Qwen/Qwen3-4B@{sha}", *quick, "-o", "c", cwd=tmp_path, env=offline
+    )
+    assert cached.returncode == 0, cached.stderr
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    here("convert", "Qwen/Qwen3-4B", *quick, "-o", "b").ok()
+    for output in ("b", "c"):
         for path in (tmp_path / "a").glob("*.safetensors"):
             assert path.read_bytes() == (tmp_path / output / path.name).read_bytes()
     assert len(hub.requests) == asked
@@ -132,64 +176,59 @@ def test_revisions_and_the_offline_cache(hub: HubServer, env: dict[str, str], tm
         ("not/a/model", "neither an existing folder or file nor the id"),
     ],
 )
-def test_what_the_hub_lacks(env: dict[str, str], tmp_path: Path, model: str, words: str) -> None:
-    done = run_script("convert", model, "-o", "out", cwd=tmp_path, env=env)
-    assert done.returncode == 7
+def test_what_the_hub_lacks(model: str, words: str, tmp_path: Path, here: Run) -> None:
+    done = here("convert", model, "-o", "out")
+    assert done.code == 7
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("Error:")]
     assert words in line
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_push(hub: HubServer, env: dict[str, str], source: Path, tmp_path: Path) -> None:
+def test_push(
+    hub: HubServer, source: Path, tmp_path: Path, here: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Public on request, branches, pull requests, stale shards removed, tampering refused."""
-    args = ("--layer", "6", "--no-check", "--quiet")
-    made = run_script("convert", str(source), *args, "-o", "out", cwd=tmp_path)
-    assert made.returncode == 0, made.stderr
+    here("convert", source, "--layer", "6", "--no-check", "--quiet", "-o", "out").ok()
     stale = tmp_path / "stale"
     stale.mkdir()
     (stale / "model-00009-of-00009.safetensors").write_bytes(b"old")
     (stale / "notes.txt").write_text("mine")
     hub.add_repo("tester/model", stale)
-    public = run_script("push", "out", "tester/public", "--public", cwd=tmp_path, env=env)
-    assert public.returncode == 0, public.stderr
+    public = here("push", "out", "tester/public", "--public").ok()
     assert not hub.repo("tester/public").private
-    again = run_script("push", "out", "tester/model", "-m", "second", cwd=tmp_path, env=env)
-    assert again.returncode == 0, again.stderr
+    again = here("push", "out", "tester/model", "-m", "second").ok()
     served = hub.files("tester/model")
     assert "model-00009-of-00009.safetensors" not in served
     assert "notes.txt" in served
     assert hub.repo("tester/model").commits[-1].title == "second"
-    branch = run_script("push", "out", "tester/new", "--revision", "wip", cwd=tmp_path, env=env)
-    assert branch.returncode == 0, branch.stderr
+    branch = here("push", "out", "tester/new", "--revision", "wip").ok()
     assert "surgery.json" in hub.files("tester/new", "wip")
     assert "surgery.json" not in hub.files("tester/new", "main")
-    request = run_script(
-        "push", "out", "tester/new", "--create-pr", "--json", cwd=tmp_path, env=env
-    )
-    assert request.returncode == 0, request.stderr
-    assert json.loads(request.stdout)["pull_request"]
+    request = here("push", "out", "tester/new", "--create-pr", "--json").ok()
+    assert request.json()["pull_request"]
     assert "surgery.json" not in hub.files("tester/new", "main")
     for done in (public, again, branch, request):
         no_canary(done.stdout, done.stderr, folder=tmp_path / "out")
-    nobody = {key: value for key, value in env.items() if key != "HF_TOKEN"}
-    refused = run_script("push", "out", "tester/other", cwd=tmp_path, env=nobody)
-    assert refused.returncode == 1
+    with monkeypatch.context() as patch:
+        patch.delenv("HF_TOKEN")
+        refused = here("push", "out", "tester/other")
+    assert refused.code == 1
     assert "log" in refused.stderr
     assert "Traceback" not in refused.stderr
     weights = min((tmp_path / "out").glob("*.safetensors"))
     raw = bytearray(weights.read_bytes())
     raw[-1] ^= 1
     weights.write_bytes(bytes(raw))
-    tampered = run_script("push", "out", "tester/model", cwd=tmp_path, env=env)
-    assert tampered.returncode == 5
+    tampered = here("push", "out", "tester/model")
+    assert tampered.code == 5
     assert "sha256" in tampered.stderr
 
 
-def test_a_failing_download_leaves_nothing(hub: HubServer, env: dict[str, str], tmp_path: Path):
+def test_a_failing_download_leaves_nothing(hub: HubServer, tmp_path: Path, here: Run) -> None:
     hub.fail(r"(GET|HEAD) .*model-00002-of-0000.\.safetensors", 404, times=50)
-    done = run_script("convert", "Qwen/Qwen3-4B", "-o", "out", cwd=tmp_path, env=env)
-    assert done.returncode == 7
+    done = here("convert", "Qwen/Qwen3-4B", "-o", "out")
+    assert done.code == 7
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 

@@ -10,12 +10,18 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from functools import partial
 from pathlib import Path
 
 import pytest
+from script import start
 from shared import Tiny
 
 import surgery
+
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
+from crash_points import begin_child, end_of
 
 linux = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="there is no /proc here")
 
@@ -27,7 +33,10 @@ def resident() -> int:
 
 
 @linux
-def test_a_hundred_in_a_row(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("number", [30, pytest.param(100, marks=pytest.mark.full)])
+def test_a_hundred_in_a_row(
+    number: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No growth of memory, open files, threads or temporary files."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
@@ -44,32 +53,68 @@ def test_a_hundred_in_a_row(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.Monk
     for _ in range(10):
         once()
     before, memory = held(), resident()
-    for _ in range(100):
+    for _ in range(number):
         once()
     assert held() == before
-    assert resident() - memory < 8e6
+    assert resident() - memory < 8e4 * number
     assert list(temporary.iterdir()) == []
     assert {path.name for path in output.parent.iterdir()} == {"out"}
 
 
-def test_ten_at_once_into_one_output(tiny: Tiny, tmp_path: Path) -> None:
-    """One wins, the others say that it exists; what is there is whole."""
-    words = ["--layer", "3", "--no-check", "--quiet", "-o", str(tmp_path / "work" / "out")]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "surgery", "convert", str(tiny()), *words],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(10)
-    ]
-    ended = [(process.communicate()[1], process.returncode) for process in processes]
+@pytest.mark.parametrize(
+    "shell", [False, pytest.param(True, marks=pytest.mark.full)], ids=["forked", "shell"]
+)
+def test_ten_at_once_into_one_output(shell: bool, tiny: Tiny, tmp_path: Path) -> None:
+    """One wins, the others say that it exists; what is there is whole.
+
+    In copies of this process, which begin at the same moment, or as typed ten times.
+    """
+    output = tmp_path / "work" / "out"
+    ended = (typed_ten_times if shell else forked_ten_times)(tiny(), output, tmp_path)
     assert sorted(code for _, code in ended) == [0] + [2] * 9, ended
     for words, code in ended:
         assert "Traceback" not in words
         assert code == 0 or "exists already" in words or "failed" in words
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["out"]
     assert surgery.verify(tmp_path / "work" / "out").passed
+
+
+def typed_ten_times(source: Path, output: Path, _said: Path) -> list[tuple[str, int]]:
+    """What each process says and its exit code."""
+    words = ("--layer", "3", "--no-check", "--quiet", "-o", output)
+    processes = [
+        start(
+            *(sys.executable, "-m", "surgery", "convert", source, *words),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(10)
+    ]
+    return [(process.communicate()[1], process.returncode) for process in processes]
+
+
+def forked_ten_times(source: Path, output: Path, said: Path) -> list[tuple[str, int]]:
+    """The same, in copies of this process."""
+
+    def job(number: int) -> None:
+        os.read(gate, 1)
+        with open(said / f"{number}.txt", "w") as file:
+            try:
+                surgery.convert(str(source), layer=3, check=False, output=output)
+            except surgery.SurgeryError as error:
+                file.write(str(error))
+                raise
+            except BaseException:
+                traceback.print_exc(file=file)
+                raise
+
+    gate, opener = os.pipe()
+    children = [begin_child(partial(job, number)) for number in range(10)]
+    os.close(gate)
+    os.write(opener, b"x" * 10)
+    os.close(opener)
+    codes = [end_of(child) for child in children]
+    return [((said / f"{number}.txt").read_text(), code) for number, code in enumerate(codes)]
 
 
 def many(folder: Path, shards: int, each: int) -> Path:

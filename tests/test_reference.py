@@ -17,8 +17,7 @@ from surgery.errors import Unsupported
 from surgery.method.mask import Mask, largest
 from surgery.models.anatomy import Anatomy, describe, effective_gain
 from surgery.models.loading import load_model
-from surgery.models.masking import KEYWORD, first_real_token
-from surgery.models.masking import masked
+from surgery.models.masking import KEYWORD, first_real_token, masked
 
 Tiny = Callable[..., Path]
 

@@ -9,12 +9,14 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import surgery
 from surgery.method import evidence
+from surgery.report import numbers
 from surgery.report import page as report
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -81,6 +83,19 @@ def data(folder):
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
+@pytest.fixture
+def quick_figures(folder, monkeypatch):
+    """For tests that do not look at the figures: some picture in place of each."""
+    picture = (folder / "layers.png").read_bytes()
+
+    def draw(*words, **_options):
+        (path,) = (word for word in words if isinstance(word, Path))
+        path.write_bytes(picture)
+
+    monkeypatch.setattr(report, "_PIECES", [(*piece[:-1], draw) for piece in report._PIECES])
+    monkeypatch.setattr(report, "plot_layers", draw)
+
+
 # --------------------------------------------------------------------------------------------
 # The page
 # --------------------------------------------------------------------------------------------
@@ -133,7 +148,7 @@ def test_every_picture_has_words(page):
     assert all(len(text) > 40 for text in words)
 
 
-def test_page_escapes_what_strangers_write(analysis, tmp_path):
+def test_page_escapes_what_strangers_write(analysis, quick_figures, tmp_path):
     from dataclasses import replace
 
     trace = analysis.evidence.traces[0]
@@ -193,7 +208,7 @@ def test_json_is_strict_and_of_moderate_size(folder):
 
 
 def test_rounded():
-    found = report.rounded({"a": np.array([1 / 3]), "b": (2, True, None, "x"), 3: 1e-20 / 3})
+    found = numbers.rounded({"a": np.array([1 / 3]), "b": (2, True, None, "x"), 3: 1e-20 / 3})
     assert found == {"a": [0.333333], "b": [2, True, None, "x"], "3": 3.33333e-21}
 
 
@@ -202,7 +217,7 @@ def test_rounded():
 # --------------------------------------------------------------------------------------------
 
 
-def test_an_earlier_report_is_replaced(folder, analysis, tmp_path):
+def test_an_earlier_report_is_replaced(folder, analysis, quick_figures, tmp_path):
     copy = tmp_path / "report"
     shutil.copytree(folder, copy)
     (copy / "stale.png").write_bytes(PNG)
@@ -211,7 +226,7 @@ def test_an_earlier_report_is_replaced(folder, analysis, tmp_path):
     assert (copy / "index.html").is_file()
 
 
-def test_an_empty_folder_is_used(analysis, tmp_path):
+def test_an_empty_folder_is_used(analysis, quick_figures, tmp_path):
     (tmp_path / "deep" / "empty").mkdir(parents=True)
     report.write_report(analysis, tmp_path / "deep" / "empty", {})
     assert (tmp_path / "deep" / "empty" / "report.json").is_file()
@@ -241,10 +256,10 @@ def test_a_report_with_other_files_in_it_is_refused(folder, tmp_path):
 
 
 def test_nothing_is_left_when_drawing_fails(analysis, tmp_path, monkeypatch):
-    def fail(*_args):
+    def fail(*_args, **_options):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(report.figures, "plot_ffn", fail)
+    monkeypatch.setattr(report.plots, "drawing", fail)
     with pytest.raises(RuntimeError):
         report.write_report(analysis, tmp_path / "report", {})
     assert list(tmp_path.iterdir()) == []
@@ -255,7 +270,7 @@ def test_nothing_is_left_when_drawing_fails(analysis, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------
 
 
-def test_command_keeps_its_json_and_writes_the_report(run, tiny, tmp_path):
+def test_command_keeps_its_json_and_writes_the_report(run, tiny, quick_figures, tmp_path):
     target = tmp_path / "report"
     outcome = run("analyze", tiny("qwen3"), "--report", target, "--json").ok()
     keys = [
@@ -271,7 +286,7 @@ def test_evidence_in_the_terminal_only_when_asked(run, tiny):
     quick = run("analyze", tiny("qwen3")).ok().stdout
     full = run("analyze", tiny("qwen3"), "--evidence").ok().stdout
     assert "ΔFrac" not in quick
-    for heading, _, _ in report.COLUMNS[3:]:
+    for heading, _, _ in numbers.COLUMNS[3:]:
         assert heading in full
     data = run("analyze", tiny("qwen3"), "--evidence", "--json").ok().json()
     assert len(data["evidence"]["layers"]) == 8
@@ -338,7 +353,7 @@ def test_a_model_that_fails_is_a_row_and_the_exit_code(run, tiny, tmp_path):
 
 def test_a_streamed_model_keeps_its_depth_in_the_comparison(run, tiny, tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(report.figures, "plot_comparison", lambda found, path: drawn.update(found))
+    monkeypatch.setattr(report.plots, "plot_comparison", lambda found, path: drawn.update(found))
     models = [tiny("qwen3", layers=16), tiny("gemma2", layer=5)]
     run("analyze", *models, "--stream", "--report", tmp_path / "report").ok()
     (streamed, depth), (_, other) = drawn.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import os
 import stat
 import subprocess
@@ -17,7 +18,8 @@ from pathlib import Path
 import pytest
 import tiny_models
 from hub_server import HubServer
-from shared import Run, Tiny
+from script import run_script, start
+from shared import Outcome, Run, Tiny, use_hub
 
 import surgery
 from surgery.commands import _COMMANDS
@@ -125,22 +127,33 @@ def check_permissions(folder: Path, mask: int) -> None:
         assert path.is_dir() or not mode & 0o111
 
 
-def test_permissions_of_all_that_is_written(tiny: Tiny, tmp_path: Path, run: Run) -> None:
-    """Reports, studies, trainings and results are as private as the user wants them."""
-    source, work = tiny(), tmp_path / "work"
-    recipe = a_recipe(tmp_path, source, layer=3)
+@pytest.mark.parametrize("drawn", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_permissions_of_all_that_is_written(
+    drawn: bool, tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reports, studies, trainings and results are as private as the user wants them.
+
+    Figures are files without a picture in a quick run, because drawing a report takes long.
+    """
+    if not drawn:
+        monkeypatch.setattr(
+            "matplotlib.figure.Figure.savefig",
+            lambda _figure, path, **_options: open(path, "wb").close(),
+        )
+    source, work = tiny(layers=3, layer=1), tmp_path / "work"
+    recipe = a_recipe(tmp_path, source)
     before = os.umask(0o077)
     try:
         work.mkdir()
-        quick = ("--layer", "3", "--quiet", "--check-tokens", "128")
+        quick = ("--layer", "1", "--quiet", "--check-tokens", "128")
         sink = ("--fold", "sink", "--calibration-tokens", "256", "--force")
         run("convert", source, *quick, *sink, "--as", "adapter", "-o", work / "adapter").ok()
         run("convert", source, *quick, *sink, "-o", work / "sink").ok()
         run("revert", work / "sink", "-o", work / "base").ok()
         run("sweep", source, *SWEEP, *quick, "-o", work / "sweep").ok()
         run("finetune", recipe, "-o", work / "trained").ok()
-        run("analyze", source, "--quiet", "--report", work / "report").ok()
-        run("analyze", source, "--quiet", "--plot", work / "plot.png").ok()
+        run("analyze", tiny(), "--quiet", "--report", work / "report").ok()
+        run("analyze", tiny(), "--quiet", "--plot", work / "plot.png").ok()
         results = work / "compared.json"
         run("compare", source, work / "sink", "--check-tokens", "64", "-q", "-o", results).ok()
     finally:
@@ -208,8 +221,8 @@ def test_a_text_without_measure(tmp_path: Path, tiny: Tiny, run: Run) -> None:
 @contextmanager
 def arguments_seen(folder: Path) -> Iterator[set[str]]:
     """The arguments of every process that works in a folder, looked at again and again."""
-    watcher = subprocess.Popen(
-        [sys.executable, "-c", _WATCHER, str(folder)],
+    watcher = start(
+        *(sys.executable, "-c", _WATCHER, folder),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -238,42 +251,70 @@ print("\\n".join(line.replace("\\n", " ") for line in seen))
 """
 
 
+@contextmanager
+def everything_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Also what loggers keep from the root's handlers, as those of transformers do."""
+    apart = [
+        logger
+        for logger in map(logging.getLogger, logging.root.manager.loggerDict)
+        if not logger.propagate
+    ]
+    for logger in apart:
+        logger.addHandler(caplog.handler)
+    try:
+        yield
+    finally:
+        for logger in apart:
+            logger.removeHandler(caplog.handler)
+
+
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="there is no /proc here")
-def test_the_token_is_told_to_nobody(tmp_path: Path) -> None:
-    """Every command that speaks to the Hub, succeeding and failing, with a token to betray."""
+@pytest.mark.parametrize(
+    "processes", [False, pytest.param(True, marks=pytest.mark.full)], ids=["some", "all"]
+)
+def test_the_token_is_told_to_nobody(
+    processes: bool,
+    tmp_path: Path,
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Every command that speaks to the Hub, succeeding and failing, with a token to betray.
+
+    Two of them in a process of their own by default, all in a full run.
+    """
     source = tiny_models.save("llama", tmp_path / "tiny")
     work = tmp_path / "work"
     work.mkdir()
     texts: list[str] = []
     called: set[str] = set()
+    apart: set[str] = set()
     recipe = a_recipe(tmp_path, "a/model", layer=3, push="tester/trained")
 
-    def call(*words: str, code: int = 0) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "surgery", *words],
-            capture_output=True,
-            text=True,
-            cwd=work,
-            env=environment,
-            check=False,
-        )
-        assert done.returncode == code, (words, done.stderr)
-        assert "Traceback" not in done.stderr
-        called.add(words[0])
-        texts.extend((done.stdout, done.stderr))
+    def call(*words: object, code: int = 0, process: bool = processes) -> None:
+        if process:
+            done = run_script(*words, cwd=work, env={"OMP_NUM_THREADS": "1"})
+            outcome = Outcome(done.returncode, done.stdout, done.stderr)
+            apart.add(str(words[0]))
+        else:
+            outcome = run(*words)
+        assert outcome.code == code, (words, outcome.stderr)
+        assert "Traceback" not in outcome.stderr
+        called.add(str(words[0]))
+        texts.extend((outcome.stdout, outcome.stderr))
 
-    with HubServer(tmp_path / "server", token=CANARY) as hub, arguments_seen(work) as arguments:
-        environment = {
-            **os.environ,
-            **hub.env(),
-            "HF_TOKEN": CANARY,
-            "HF_HOME": str(work / "home"),
-            "OMP_NUM_THREADS": "1",
-        }
+    with (
+        HubServer(tmp_path / "server", token=CANARY) as hub,
+        everything_logged(caplog),
+        arguments_seen(work) as arguments,
+    ):
+        use_hub(hub, monkeypatch, work / "home")
+        monkeypatch.chdir(work)
         hub.add_repo("a/model", source, private=True)
         call("analyze", "a/model", "--json")
         call("convert", "a/model", "--layer", "3", "--no-check", "-o", "out")
-        call("push", "out", "tester/model", "--json")
+        call("push", "out", "tester/model", "--json", process=True)
         call("card", "out")
         call("inspect", "out", "--json")
         call("reproduce", "out")
@@ -282,8 +323,9 @@ def test_the_token_is_told_to_nobody(tmp_path: Path) -> None:
         call("families", "--json")
         call("compare", "a/model", "out", "--check-tokens", "64", "-o", "compared.json")
         call("sweep", "a/model", *SWEEP, "-o", "swept")
-        call("finetune", str(recipe), "-o", "trained")
-        call("convert", "a/model", "--layer", "3", "--no-check", "--push-to-hub", "t/m", "--remote")
+        call("finetune", recipe, "-o", "trained")
+        remote = ("--layer", "3", "--no-check", "--push-to-hub", "t/m", "--remote")
+        call("convert", "a/model", *remote, process=True)
         call("analyze", "a/nothing", code=7)
         hub.fail(r".*", 500, times=200)
         call("push", "out", "tester/again", code=1)
@@ -292,8 +334,11 @@ def test_the_token_is_told_to_nobody(tmp_path: Path) -> None:
     ran = [line.partition(" -m surgery ")[2].split() for line in arguments]
     seen = {words[0] for words in ran if words}
     # A command may be too quick to be seen; those that take the token about take seconds.
-    assert {"analyze", "convert", "push", "reproduce", "sweep", "finetune"} <= seen <= called
-    for text in [*texts, *arguments]:
+    about = {"analyze", "convert", "push", "reproduce", "sweep", "finetune"}
+    assert about & apart <= seen <= called
+    assert about & apart >= {"convert", "push"}
+    caught = capfd.readouterr()
+    for text in [*texts, *arguments, caplog.text, caught.out, caught.err]:
         assert CANARY not in text
     for path in work.rglob("*"):
         if path.is_file():
@@ -301,26 +346,20 @@ def test_the_token_is_told_to_nobody(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "generation_config.json"])
-def test_a_download_that_is_not_what_the_hub_states(name: str, tmp_path: Path) -> None:
+def test_a_download_that_is_not_what_the_hub_states(
+    name: str, tmp_path: Path, tiny: Tiny, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A byte that changed on the way or in the cache, where no header shows it."""
-    source = tiny_models.save("llama", tmp_path / "tiny")
     with HubServer(tmp_path / "server", token=CANARY) as hub:
-        hub.add_repo("a/model", source)
+        hub.add_repo("a/model", tiny())
         path = hub.files("a/model")[name]
         raw = bytearray(path.read_bytes())
         raw[-3] ^= 1
         path.unlink()  # it may be linked to the source
         path.write_bytes(raw)
-        environment = {**os.environ, **hub.env(), "HF_HOME": str(tmp_path / "home")}
-        done = subprocess.run(
-            [sys.executable, "-m", "surgery", "convert", "a/model", *QUICK, "-o", "out"],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            env=environment,
-            check=False,
-        )
-    assert done.returncode == 7, done.stderr
+        use_hub(hub, monkeypatch, tmp_path / "home")
+        done = run("convert", "a/model", *QUICK, "-o", tmp_path / "out")
+    assert done.code == 7, done.stderr
     assert "damaged on its way from the Hub" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +9,8 @@ import numpy as np
 import pytest
 import tiny_models
 from hub_server import HubServer
-from script import run_script
+from huggingface_hub import HfFileSystem
+from shared import Run, Tiny, rest_in_full
 
 import surgery
 from surgery.files.checkpoint import Origin, open_checkpoint
@@ -26,39 +26,40 @@ FAMILIES = sorted(set(tiny_models.FAMILIES) - {"olmo2"})  # refused: it has noth
 LAYERS, PLANTED = 16, 2
 
 
-def prepared(family: str, folder: Path):
-    path = tiny_models.save(family, folder / family, layer=PLANTED, layers=LAYERS)
+def prepared(family: str, tiny: Tiny):
+    path = tiny(family, layer=PLANTED, layers=LAYERS)
     checkpoint = open_checkpoint(path, Origin("directory", family, family))
     tokenizer = load_tokenizer(path)
     prompts = texts.encode(tokenizer, texts.bundled("calibration")[:6], 300)
     return checkpoint, examine(checkpoint), prompts
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_equals_the_full_forward_pass(family: str, tmp_path: Path) -> None:
-    checkpoint, anatomy, prompts = prepared(family, tmp_path)
+@pytest.mark.parametrize("family", rest_in_full(FAMILIES, tiny_models.ROWS))
+def test_equals_the_full_forward_pass(family: str, tiny: Tiny) -> None:
+    checkpoint, anatomy, prompts = prepared(family, tiny)
     full = layer_norms(load_model(checkpoint.folder), anatomy, prompts)
     streamed = stream.LayerStream(checkpoint, anatomy).run(prompts, lambda _norms: False)
     for one, other in zip(full, streamed, strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-3)
-    found = stream.LayerStream(checkpoint, anatomy).locate(prompts)
+    found = stream.stream_emergence(checkpoint, anatomy, prompts)
     assert found.emergence.layer == agree(full).layer == PLANTED
     assert found.layers_run == PLANTED + 1 + stream.PATIENCE
     assert found.bytes_read < 0.85 * found.bytes_total
-    whole = stream.LayerStream(checkpoint, anatomy).locate(prompts, all_layers=True)
-    assert whole.layers_run == LAYERS
+    assert (
+        stream.stream_emergence(checkpoint, anatomy, prompts, all_layers=True).layers_run == LAYERS
+    )
 
 
-def test_bfloat16_finds_the_same_layer(tmp_path: Path) -> None:
-    checkpoint, anatomy, prompts = prepared("llama", tmp_path)
-    found = stream.LayerStream(checkpoint, anatomy, dtype="bfloat16").locate(prompts)
-    exact = stream.LayerStream(checkpoint, anatomy).locate(prompts)
+def test_bfloat16_finds_the_same_layer(tiny: Tiny) -> None:
+    checkpoint, anatomy, prompts = prepared("llama", tiny)
+    found = stream.stream_emergence(checkpoint, anatomy, prompts, dtype="bfloat16")
+    exact = stream.stream_emergence(checkpoint, anatomy, prompts)
     assert found.emergence.layer == exact.emergence.layer == PLANTED
     assert found.emergence.magnification == pytest.approx(exact.emergence.magnification, rel=0.05)
 
 
-def test_a_model_without_emergence_is_read_to_the_end(tmp_path: Path) -> None:
-    path = tiny_models.save("llama", tmp_path / "none", layers=LAYERS, planted=False)
+def test_a_model_without_emergence_is_read_to_the_end(tiny: Tiny) -> None:
+    path = tiny("llama", layers=LAYERS, planted=False)
     analysis = surgery.analyze(str(path), stream=True)
     assert analysis.emergence.layer is None
     assert analysis.streamed is not None
@@ -77,14 +78,20 @@ def test_a_fading_rise_is_not_established() -> None:
     assert not any(stream.established([fading[: done + 1]], LAYERS) for done in range(9, LAYERS))
 
 
-def test_on_the_hub_without_downloading(tmp_path: Path) -> None:
-    source = tiny_models.save("qwen3", tmp_path / "model", layer=PLANTED, layers=LAYERS, shards=3)
+def test_on_the_hub_without_downloading(
+    run: Run, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tiny("qwen3", layer=PLANTED, layers=LAYERS, shards=3)
     with HubServer(tmp_path / "server") as server:
         server.add_repo("some/model", source)
-        env = {**server.env(), "HF_HOME": str(tmp_path / "home")}
-        done = run_script("analyze", "some/model", "--json", env=env)
-        assert done.returncode == 0, done.stderr
-        found = json.loads(done.stdout)
+        for name, value in server.env().items():
+            monkeypatch.setenv(name, value)
+        home = {"huggingface_hub.constants.HF_HUB_CACHE": str(tmp_path / "home")}
+        for name, value in {**server.patches(), **home}.items():
+            monkeypatch.setattr(name, value, raising=False)
+        HfFileSystem.clear_instance_cache()
+        monkeypatch.chdir(tmp_path)
+        found = run("analyze", "some/model", "--json").ok().json()
         assert found["emergence"]["layer"] == PLANTED
         assert found["streamed"]["bytes_read"] < 0.85 * found["streamed"]["bytes_total"]
         weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
@@ -93,23 +100,19 @@ def test_on_the_hub_without_downloading(tmp_path: Path) -> None:
         assert cached == []
         assert server.bytes_sent < 0.9 * weights + 200_000
         # convert downloads what it needs, and then analyze reads the files on disk.
-        made = run_script(
-            *("convert", "some/model", "--no-check", "--layer", "2", "--quiet"),
-            env=env,
-            cwd=tmp_path,
-        )
-        assert made.returncode == 0, made.stderr
+        run("convert", "some/model", "--no-check", "--layer", "2", "--quiet").ok()
+        cached = [path.name for path in (tmp_path / "home").rglob("*.safetensors")]
+        assert sorted(cached) == sorted(path.name for path in source.glob("*.safetensors"))
         sent = server.bytes_sent
-        again = run_script("analyze", "some/model", "--json", env=env)
-        assert json.loads(again.stdout)["streamed"] is None
+        assert run("analyze", "some/model", "--json").ok().json()["streamed"] is None
         assert server.bytes_sent - sent < 100_000
 
 
 @pytest.mark.parametrize("family", ["gemma2", "mixtral"])
 def test_evidence_without_the_whole_model(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tiny_models.save(family, tmp_path / "model", layer=PLANTED, layers=6)
+    path = tiny(family, layer=PLANTED, layers=6)
     loaded = surgery.analyze(str(path), evidence=True)
 
     def refuse(*_args: object, **_options: object) -> None:
@@ -128,8 +131,8 @@ def test_evidence_without_the_whole_model(
     assert lent.evidence.mask.key == pytest.approx(loaded.evidence.mask.key, rel=1e-3)
 
 
-def test_lent_layers_hold_no_matrices(tmp_path: Path) -> None:
-    checkpoint, anatomy, prompts = prepared("llama", tmp_path)
+def test_lent_layers_hold_no_matrices(tiny: Tiny) -> None:
+    checkpoint, anatomy, prompts = prepared("llama", tiny)
     model = LentModel(checkpoint, anatomy).open(prompts)
     held = []
 

@@ -115,7 +115,7 @@ def test_memory_changes_no_figure(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is kept in memory, and what is computed again where there is no room, are the same."""
-    monkeypatch.setattr("surgery.measure.quality.LOGITS_BUDGET", 200_000)  # several batches
+    monkeypatch.setattr("surgery.measure.logits.LOGITS_BUDGET", 200_000)  # several batches
 
     def figures(room: int) -> dict[Any, dict[str, Any]]:
         monkeypatch.setattr(scoring, "KEPT_NUMBERS", room)

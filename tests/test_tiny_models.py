@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from shared import rest_in_full
 from tiny_models import (
     BOS,
     FAMILIES,
+    ROWS,
     build,
     decoder_layers,
     layer_norms,
@@ -23,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEXT = "The keeper counted 365 steps; what will the wind do today, asked the baker? "
 
-families = pytest.mark.parametrize("family", list(FAMILIES))
+families = pytest.mark.parametrize("family", rest_in_full(FAMILIES, ROWS))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -176,7 +178,9 @@ def test_checkpoint_files(tmp_path: Path) -> None:
         save("llama", tmp_path / "other", layers=1, layer=0, shards=1000)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "olmo2", "mixtral", "gpt2"])
+@pytest.mark.parametrize(
+    "family", rest_in_full(["llama", "gemma3_text", "olmo2", "mixtral", "gpt2"], ROWS)
+)
 def test_bfloat16(family: str, tmp_path: Path) -> None:
     folder = save(family, tmp_path / "model", layers=6, dtype=torch.bfloat16)
     model, _ = build(family, layers=6, dtype=torch.bfloat16)
@@ -187,7 +191,7 @@ def test_bfloat16(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+@pytest.mark.parametrize("family", rest_in_full(["llama", "gemma2", "cohere"], ["llama", "gemma2"]))
 @pytest.mark.parametrize(("layers", "layer"), [(1, 0), (24, 0), (24, 22), (24, 23)])
 def test_depths(family: str, layers: int, layer: int) -> None:
     model, _ = build(family, layers=layers, layer=layer, seed=1, hidden_size=128)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +21,10 @@ from surgery.errors import BadCheckpoint, VerificationFailed
 from surgery.files.checkpoint import Checkpoint
 from surgery.files.digests import file_sha256
 from surgery.folds.edits import Columns, Gain
+from surgery.measure.logits import divergence
 from surgery.models.loading import load_model
 from surgery.outputs import checks as verification
 from surgery.outputs.behaviour import Batch, equal, near_reference, stock_load
-from surgery.measure.logits import divergence
 from surgery.outputs.checks import (
     Check,
     Verification,
@@ -401,19 +402,33 @@ def test_logits_near(
 
 
 def test_the_sink_fold_is_measured_and_not_expected_to_be_equal(
-    tiny: Tiny, logits: tuple[Any, Any, Any]
+    tiny_copy: Tiny, logits: tuple[Any, Any, Any]
 ) -> None:
-    reference = logits[2] * 1.5
-    checks = behaviour(tiny("llama"), logits, reference, exact=False)
-    distance = divergence(reference, logits[2])
-    assert [check.name for check in checks[2:]] == [
-        "logits against the paper's mask (hook on the first token)"
-    ]
-    assert checks[-1].passed
-    assert checks[-1].detail == (
-        f"KL(reference ‖ this) {distance:.2e} nats per token; KL(reference ‖ base) {distance:.2e}"
-    )
-    broken = behaviour(tiny("llama"), logits, reference * float("nan"), exact=False)
+    """How far the written checkpoint and the base are from the paper's mask, each by itself."""
+    folder = tiny_copy("llama")
+    change(folder, surgery.resolve(str(folder)), GAIN, lambda values: None, (3, 60))
+    ids, real, of_base = logits
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    with torch.inference_mode():
+        written = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[real]
+
+    def by_hand(known: torch.Tensor, other: torch.Tensor) -> float:
+        p, q = known.double().softmax(-1), other.double().softmax(-1)
+        return float((p * (p / q).log()).sum(-1).mean())
+
+    name = "logits against the paper's mask (hook on the first token)"
+    for reference in (written, 0.9 * written + 0.1 * of_base, of_base):
+        checks = behaviour(folder, logits, reference, exact=False)
+        assert [check.name for check in checks[2:]] == [name]
+        found = re.fullmatch(
+            r"KL\(reference ‖ this\) (\S+) nats per token; KL\(reference ‖ base\) (\S+)",
+            checks[-1].detail,
+        )
+        assert found is not None, checks[-1].detail
+        assert float(found[1]) == pytest.approx(by_hand(reference, written), rel=0.01, abs=1e-8)
+        assert float(found[2]) == pytest.approx(by_hand(reference, of_base), rel=0.01, abs=1e-8)
+        assert torch.equal(reference, of_base) or checks[-1].passed  # nearer than the base is
+    broken = behaviour(folder, logits, written * float("nan"), exact=False)
     assert not broken[-1].passed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing
+
+sys.path.insert(0, str(Path(__file__).parent / "faults"))
+
+from crash_points import in_child
 
 import surgery
 from surgery.errors import BadSettings, Unsupported
@@ -195,9 +200,10 @@ def test_generation_inside_peft(llama: tuple[Any, Mask]) -> None:
 # --------------------------------------------------------------------------------------------
 
 
-def test_compiled_inside_the_block(llama: tuple[Any, Mask]) -> None:
+def test_compiled_inside_the_block(tiny: Tiny) -> None:
     """Compiled inside, the mask is in the code, in one graph; outside the code is made anew."""
-    model, mask = llama
+    model = load_model(tiny("llama", layer=1, layers=3))
+    mask = weight_mask(model, 1, 0.5)
     base = logits(model)
     with wemask(model, mask):
         compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -251,16 +257,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _rank(rank: int, folder: str, port: int, output: str) -> None:
-    """Losses of this rank's half of the batch, by wrapper and by where the hooks were put."""
+def _rank(rank: int, folder: str, port: int, output: str, ranks: int) -> None:
+    """Logits of this rank's part of the batch, by wrapper and by where the hooks were put."""
     import torch.distributed as dist
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    half = slice(2 * rank, 2 * rank + 2)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    rows = 4 // ranks
+    part = slice(rows * rank, rows * (rank + 1))
 
     def shard(model: Any) -> Any:
         for layer in model.model.layers:
@@ -277,7 +284,7 @@ def _rank(rank: int, folder: str, port: int, output: str) -> None:
 
     def run(model: Any) -> torch.Tensor:
         model.train()
-        out = model(input_ids=IDS[half], attention_mask=REAL[half], use_cache=False).logits
+        out = model(input_ids=IDS[part], attention_mask=REAL[part], use_cache=False).logits
         out.square().mean().backward()
         return out.detach()
 
@@ -303,12 +310,18 @@ def _rank(rank: int, folder: str, port: int, output: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_ddp_and_fsdp_equal_one_process(tiny: Tiny, tmp_path: Path) -> None:
-    """Hooks put on before or after wrapping: each rank computes what one process computes."""
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.full)])
+def test_ddp_and_fsdp_equal_one_process(tiny: Tiny, tmp_path: Path, ranks: int) -> None:
+    """Hooks put on before or after wrapping: each rank computes what one process computes.
+
+    A single rank is a fork, so that no process group stays in this process.
+    """
     folder = tiny("llama", layer=2, layers=6)
-    torch.multiprocessing.spawn(
-        _rank, args=(str(folder), free_port(), str(tmp_path)), nprocs=2, join=True
-    )
+    words = (str(folder), free_port(), str(tmp_path), ranks)
+    if ranks == 1:
+        assert in_child(lambda: _rank(0, *words)) == 0
+    else:
+        torch.multiprocessing.spawn(_rank, args=words, nprocs=ranks, join=True)
     model = load_model(folder).train()
     mask = weight_mask(model, 2, 0.5)
     base = logits(model)
@@ -317,9 +330,10 @@ def test_ddp_and_fsdp_equal_one_process(tiny: Tiny, tmp_path: Path) -> None:
         model(input_ids=IDS, attention_mask=REAL, use_cache=False).logits.square().mean().backward()
     gradient = model.model.layers[4].self_attn.q_proj.weight.grad
     assert (expected - base).abs().max() > 1e-2
-    for rank in range(2):
+    rows = 4 // ranks
+    for rank in range(ranks):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert len(found) == 8
         for name, value in found.items():
-            wanted = gradient if "gradient" in name else expected[2 * rank : 2 * rank + 2]
+            wanted = gradient if "gradient" in name else expected[rows * rank : rows * (rank + 1)]
             assert (value - wanted).abs().max() <= 1e-5, name

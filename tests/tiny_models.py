@@ -334,6 +334,10 @@ FAMILIES: dict[str, Family] = {
     ]
 }
 
+# One family for each row of the package's table that these families are in. What is tested for
+# every family is tested for these by default, and for the others in the full selection.
+ROWS = ("llama", "gemma2", "phi3", "gpt_neox", "gpt2", "cohere", "phi", "olmo2")
+
 # --------------------------------------------------------------------------------------------
 # The parts of a model, whatever the family calls them
 # --------------------------------------------------------------------------------------------

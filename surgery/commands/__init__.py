@@ -69,7 +69,7 @@ class _Lazy(click.Group):
 
 def _say(message: str) -> None:
     """An error as one sentence; a stranger's file may put line breaks and megabytes into it."""
-    from surgery.commands.terminal import printable
+    from surgery.commands.text import printable
 
     sentence = " ".join(message.split())
     if len(sentence) > _LONGEST:  # what to do stands at the end

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.commands.options import analysis_options, check_png, output_options
+from surgery.commands.options import LOADING, check_png, output_options, settings
 
 if TYPE_CHECKING:
     from surgery.commands.terminal import Terminal
@@ -16,14 +16,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("models", metavar="MODEL...", nargs=-1, required=True)
-@analysis_options
-@click.option(
-    "--rate",
-    type=float,
-    default=0.1,
-    show_default=True,
-    help="Share of the dimensions in the evidence: the largest gains, and the mask.",
-)
+@settings(*LOADING)
+@settings("rate", help="Share of the dimensions in the evidence: the largest gains, and the mask.")
 @click.option(
     "--stream/--no-stream",
     default=None,
@@ -94,14 +88,14 @@ def _one(
     from surgery.commands.tables import evidence_tables
     from surgery.commands.terminal import print_json
     from surgery.jobs.analyze import analyze
-    from surgery.report.page import summary, write_report
+    from surgery.outputs.figure import plot_layers
+    from surgery.report.data import summary
+    from surgery.report.page import write_report
 
     wanted = evidence or report is not None
     analysis = analyze(model, reporter=terminal, evidence=wanted, **options)
     emergence = analysis.emergence
     if plot is not None:
-        from surgery.report.plots import plot_layers
-
         plot_layers(emergence, plot, title=analysis.checkpoint.origin.name)
     if report is not None:
         terminal.say("Drawing the report")
@@ -138,26 +132,21 @@ def _several(
     terminal: Terminal,
     options: dict[str, Any],
 ) -> None:
-    from surgery.commands.tables import comparison
+    from surgery.commands.tables import side_by_side
     from surgery.commands.terminal import print_json
-    from surgery.report.page import (
-        compare,
-        comparison_curves,
-        comparison_data,
-        table_row,
-        write_comparison,
-    )
+    from surgery.jobs.side_by_side import analyze_all
+    from surgery.report.data import comparison_curves, comparison_data, table_row
+    from surgery.report.page import write_comparison
+    from surgery.report.plots import plot_comparison
 
-    compared = compare(models, reporter=terminal, **options)
+    compared = analyze_all(models, reporter=terminal, **options)
     if plot is not None:
-        from surgery.report.plots import plot_comparison
-
         plot_comparison(comparison_curves(compared), plot)
     if report is not None:
         write_comparison(compared, report, {"models": list(models), **options})
     if as_json:
         print_json({"models": comparison_data(compared)})
-    terminal.table(comparison([table_row(one) for one in compared]))
+    terminal.out.print(side_by_side([table_row(one.model, one.analysis) for one in compared]))
     _say_written(terminal, report, plot)
     # The others are reported all the same; the exit code says that the list is not complete.
     failed = [one for one in compared if one.error is not None]

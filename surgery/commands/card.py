@@ -20,7 +20,8 @@ from surgery.commands.options import output_options
 @output_options
 def command(folder: Path, results: Path | None, as_json: bool, quiet: bool) -> None:
     """Render the model card in DIR again, from the manifest, with results if they are given."""
-    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.commands.terminal import Terminal, print_json
+    from surgery.commands.text import safe
     from surgery.jobs.card import refresh_card
 
     terminal = Terminal(quiet=quiet, as_json=as_json)

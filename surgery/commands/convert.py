@@ -7,85 +7,23 @@ from typing import Any
 
 import click
 
-from surgery.commands.options import analysis_options, output_options, parse_layers
+from surgery.commands.options import LOADING, output_options, settings
 
 
 @click.command()
 @click.argument("model")
-@click.option(
-    "--rate", type=float, default=0.1, show_default=True, help="Share of dimensions to mask."
-)
-@click.option(
-    "--scope",
-    type=click.Choice(["first", "all"]),
-    default="first",
-    show_default=True,
-    help="Mask the first layer after the ME Layer, or all after it.",
-)
-@click.option(
-    "--fold",
-    type=click.Choice(["norm", "qkv", "sink"]),
-    default="norm",
-    show_default=True,
-    help="norm, qkv: every token. sink: the massive token alone (the paper's method).",
-)
-@click.option(
-    "--select",
-    type=click.Choice(["weight", "activation", "random"]),
-    default="weight",
-    show_default=True,
-    help="How dimensions are chosen; weight is the paper's.",
-)
-@click.option(
-    "--strength", type=float, default=1.0, show_default=True, help="1 masks, 0 changes nothing."
-)
-@click.option("--layer", type=int, metavar="M", help="The ME Layer, instead of searching for it.")
-@click.option(
-    "--layers", callback=parse_layers, metavar="LIST", help="Target layers, such as 7 or 7,9-11."
-)
-@click.option(
-    "--as",
-    "form",
-    type=click.Choice(["checkpoint", "adapter", "gguf-adapter"]),
-    default="checkpoint",
-    show_default=True,
-    help="With --fold sink: a PEFT or llama.cpp LoRA of rank 1 for the untouched base.",
-)
+@settings("rate", "scope", "fold", "select", "strength", "layer", "layers", "form")
 @click.option(
     "--output",
     "-o",
     type=click.Path(path_type=Path),
     help="Folder to write, or .gguf file if MODEL is one.  [default: ./<name>-wemask-<settings>]",
 )
-@analysis_options
-@click.option("--seed", type=int, default=0, show_default=True, help="For --select random.")
-@click.option("--no-check", is_flag=True, help="Skip trace, quality gate and logit comparison.")
-@click.option(
-    "--check-tokens", type=int, default=4096, show_default=True, help="Tokens the gate measures on."
-)
-@click.option(
-    "--calibration-tokens",
-    type=int,
-    default=4096,
-    show_default=True,
-    help="Tokens that --fold sink and --select activation see.",
-)
-@click.option(
-    "--max-degradation",
-    type=float,
-    default=0.1,
-    show_default=True,
-    help="Allowed rise of perplexity over base, as a share.",
-)
-@click.option("--force", is_flag=True, help="Write despite the quality gate; the card says so.")
-@click.option(
-    "--undo-file",
-    is_flag=True,
-    help="Keep what qkv and sink overwrite, for `surgery revert` without the base.",
-)
+@settings(*LOADING, "seed", "check", "check_tokens", "calibration_tokens", "max_degradation")
+@settings("force", "undo_file")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion at the output.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
-@click.option("--push-to-hub", metavar="REPO", help="Upload afterwards (private).")
+@settings("push_to_hub")
 @click.option(
     "--remote",
     is_flag=True,
@@ -97,41 +35,32 @@ def command(
     output: Path | None,
     overwrite: bool,
     dry_run: bool,
-    no_check: bool,
     remote: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
     """Fold the WeMask mask into MODEL and write a plain, verified checkpoint."""
-    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.commands.terminal import Terminal, print_json
+    from surgery.commands.text import safe
     from surgery.jobs.convert import convert
+    from surgery.jobs.push import push
+    from surgery.outputs.hub import one_file
+    from surgery.outputs.registry import output_for
 
-    gguf = options["form"] == "gguf-adapter" or (output is not None and output.suffix == ".gguf")
-    if options["push_to_hub"] and gguf:
-        from surgery.outputs.hub import one_file
-
-        raise one_file(options["push_to_hub"])
+    repo = options["push_to_hub"]
+    if repo and output_for(options["form"], output).one_file:
+        raise one_file(repo)
     terminal = Terminal(quiet=quiet, as_json=as_json)
     if remote:
-        if output is not None or not options["push_to_hub"]:
+        if output is not None or not repo:
             raise click.UsageError("--remote needs --push-to-hub, and writes nothing here.")
         if _published(model, terminal, as_json, dry_run, options):
             return
-    result = convert(
-        model,
-        output=output,
-        overwrite=overwrite,
-        dry_run=dry_run,
-        check=not no_check,
-        reporter=terminal,
-        **options,
-    )
-    pushed = None
-    if result.manifest is not None and options["push_to_hub"]:
-        from surgery.jobs.push import push
-
-        pushed = push(result.output, options["push_to_hub"], reporter=terminal)
+    options |= {"output": output, "overwrite": overwrite, "dry_run": dry_run}
+    result = convert(model, reporter=terminal, **options)
+    made = result.manifest is not None
+    pushed = push(result.output, repo, reporter=terminal) if made and repo else None
     if as_json:
         print_json(
             {
@@ -160,15 +89,15 @@ def _published(
     """Whether the conversion could be made on the Hub; what the server refuses is said."""
     from dataclasses import asdict
 
-    from surgery.commands.terminal import print_json, safe
+    from surgery.commands.terminal import print_json
+    from surgery.commands.text import safe
     from surgery.jobs.publish import publish
     from surgery.outputs.hub_copy import CopyRefused
 
-    settings = {name: value for name, value in options.items() if name != "push_to_hub"}
+    repo = options["push_to_hub"]
+    wanted = {name: options[name] for name in options if name not in ("push_to_hub", "check")}
     try:
-        result = publish(
-            model, options["push_to_hub"], reporter=terminal, dry_run=dry_run, **settings
-        )
+        result = publish(model, repo, reporter=terminal, dry_run=dry_run, **wanted)
     except CopyRefused as error:
         terminal.say(f"{error} Converting here and uploading everything instead.")
         return False

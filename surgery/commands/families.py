@@ -24,9 +24,10 @@ def command(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     from such a trace, or refused.
     """
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
 
-    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.commands.tables import titled
+    from surgery.commands.terminal import Terminal, print_json
+    from surgery.commands.text import safe
     from surgery.errors import BadSettings
     from surgery.models.families import rows
 
@@ -41,13 +42,12 @@ def command(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json({"families": [asdict(row) for row in chosen]})
         return
-    table = Table(
-        title=f"{len(chosen)} kinds of decoder",
+    table = titled(
+        f"{len(chosen)} kinds of decoder",
         expand=True,
         caption="Tested on tiny random checkpoints saved by transformers, a massive activation "
         "planted at a known layer: located there, each fold written and loaded by transformers. "
         "=: logits bit-equal to the hook. ≈: equal at the sink token.",
-        title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
     )
@@ -63,7 +63,7 @@ def command(names: tuple[str, ...], as_json: bool, quiet: bool) -> None:
         alike.setdefault(replace(row, family="", inside=()), []).append(row)
     for group in alike.values():
         table.add_row(*(safe(cell) for cell in _cells(group)))
-    Terminal(quiet=quiet).table(table)
+    Terminal(quiet=quiet).out.print(table)
 
 
 def _cells(rows: list[Row]) -> tuple[str, ...]:

@@ -40,7 +40,8 @@ def command(
     recipes. For several GPUs: accelerate launch --config_file recipes/accelerate/ddp.yaml
     -m surgery finetune RECIPE.
     """
-    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.commands.terminal import Terminal, print_json
+    from surgery.commands.text import safe
     from surgery.jobs.finetune import finetune
 
     terminal = Terminal(quiet=quiet, as_json=as_json)

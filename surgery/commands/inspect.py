@@ -15,9 +15,9 @@ from surgery.commands.options import output_options
 @output_options
 def command(folder: Path, as_json: bool, quiet: bool) -> None:
     """Show what was done to the checkpoint in DIR, from its manifest; DIR may be a .gguf file."""
-    from rich.table import Table
-
-    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.commands.tables import titled
+    from surgery.commands.terminal import Terminal, print_json
+    from surgery.commands.text import safe
     from surgery.files.generated import MANIFEST
     from surgery.files.text import read_json
     from surgery.outputs.card import command_line
@@ -29,28 +29,28 @@ def command(folder: Path, as_json: bool, quiet: bool) -> None:
     if as_json:
         print_json(asdict(manifest) if folder.is_file() else read_json(folder / MANIFEST))
         return
-    table = Table(title=safe(folder), title_justify="left", show_header=False)
+    table = titled(safe(folder), show_header=False)
     base = manifest.base
     table.add_row("base", safe(f"{base.name}{'@' + base.commit if base.commit else ''}"))
-    trained, made = manifest.training, command_line(manifest.settings.recorded())
+    trained, made = manifest.training, command_line(manifest.settings)
     if trained is not None:
         made = f"surgery finetune {trained['recipe']['name']}"
     table.add_row("made by", safe(f"{manifest.tool}: {made}"))
     if trained is not None:
         table.add_row("trained", f"{trained['steps']} steps on {trained['rows']} rows")
-    layer = (manifest.emergence or {}).get("layer")
+    layer = manifest.emergence["layer"] if manifest.emergence else None
     table.add_row("ME Layer", "not searched for" if layer is None else str(layer))
     table.add_row("target layers", ", ".join(str(layer) for layer in sorted(manifest.dimensions)))
     size = len(next(iter(manifest.dimensions.values())))
     table.add_row("masked dimensions", f"{size} of {manifest.hidden_size} per layer")
     table.add_row("edited tensors", safe("\n".join(record.tensor for record in manifest.edits)))
-    for row in (manifest.quality or {}).get("variants", []):
+    for row in manifest.quality["variants"] if manifest.quality else ():
         table.add_row(
             f"perplexity, {safe(row['name'])}",
             f"{row['perplexity']:.4g} ({row['against_base']:+.1%})",
         )
-    checks = (manifest.verification or {}).get("checks", [])
+    checks = manifest.verification["checks"] if manifest.verification else []
     if checks:  # a .gguf file's manifest was put into it before
         passed = sum(check["passed"] for check in checks)
         table.add_row("verification when written", f"{passed} of {len(checks)} checks passed")
-    terminal.table(table)
+    terminal.out.print(table)

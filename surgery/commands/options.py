@@ -1,20 +1,31 @@
-"""Options that several commands share."""
+"""Options made from the fields of dataclasses, and what several commands share.
+
+A field's metadata says `help`, and where they matter `choices`, `metavar` and `name`, as it is
+spelled on the command line; type and default are the field's own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import click
 
+from surgery.errors import BadSettings
+
 # No model has as many layers; a slip of the finger should not fill the memory.
 _DEEPEST = 10_000
+# How a model is opened, in the order of the help.
+LOADING = ("revision", "device", "dtype", "calibration", "trust_remote_code")
 
-Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+Function = Callable[..., Any]
+Decorator = Callable[[Function], Function]
 
 
-def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def output_options(function: Function) -> Function:
     """--json and --quiet."""
     function = click.option(
         "--quiet", "-q", is_flag=True, help="Print nothing but errors (and JSON, with --json)."
@@ -22,115 +33,144 @@ def output_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(function)
 
 
-def analysis_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """How to load and observe a model."""
-    for option in (
-        click.option(
-            "--trust-remote-code",
-            is_flag=True,
-            help="Run the checkpoint's own Python code. Read it first.",
-        ),
-        click.option(
-            "--calibration",
-            metavar="FILE",
-            type=click.Path(dir_okay=False),
-            help="Text or JSONL in place of the bundled prompts.",
-        ),
-        click.option(
-            "--dtype",
-            type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
-            default="float32",
-            show_default=True,
-            help="Of the analysis; the written dtype is the source's.",
-        ),
-        click.option("--device", help="Of the analysis, such as cpu or cuda:0.  [default: best]"),
-        click.option("--revision", help="Branch, tag or commit of a Hub model."),
-    ):
-        function = option(function)
-    return function
+def options(kind: type, *names: str, **changes: Any) -> Decorator:
+    """Options for fields of a dataclass, in the order given.
+
+    Args:
+        kind: the dataclass.
+        names: of its fields.
+        changes: what this command says otherwise, as `click.option` takes it: `help`, `default`.
+    """
+
+    def decorate(function: Function) -> Function:
+        for name in reversed(names):
+            function = _option(kind, name, changes)(function)
+        return function
+
+    return decorate
 
 
-def task_options(function: Callable[..., Any]) -> Callable[..., Any]:
+def settings(*names: str, **changes: Any) -> Decorator:
+    """Options for fields of `Settings`; see `options`."""
+    from surgery.settings import Settings  # imports numpy, for commands that have such options
+
+    return options(Settings, *names, **changes)
+
+
+def task_options(function: Function) -> Function:
     """Which tasks of lm-evaluation-harness to run, and how."""
-    for option in (
-        click.option(
-            "--thinking/--no-thinking",
-            default=False,
-            show_default=True,
-            help="The template's enable_thinking.",
-        ),
-        click.option(
-            "--chat-template/--no-chat-template",
-            default=None,
-            help="Pose tasks as chat.  [default: where the tokenizer has a template]",
-        ),
-        click.option(
-            "--temperature",
-            type=float,
-            help="For all generations; 0 is greedy.  [default: the task's]",
-        ),
-        click.option(
-            "--max-new-tokens",
-            type=int,
-            help="Per generation.  [default: 512; GSM8K 128, as the paper]",
-        ),
-        click.option(
-            "--seeds",
-            callback=_numbers,
-            default="0,1,2",
-            show_default=True,
-            help="For sampling tasks.",
-        ),
-        click.option("--batch-size", help="A number or auto.  [default: auto; 8 on the CPU]"),
-        click.option("--limit", type=int, help="Documents per task."),
-        click.option(
-            "--data",
-            type=click.Path(),
-            metavar="DIR",
-            help="Local documents for the shipped tasks.",
-        ),
-        click.option(
-            "--tasks",
-            callback=_words,
-            metavar="LIST",
-            help="knowledge, math, safety, any name of lm-evaluation-harness, or YAML files and "
-            "folders.",
-        ),
-    ):
-        function = option(function)
-    return function
+    from surgery.measure.task_settings import TaskSettings  # likewise
+
+    names = [known.name for known in fields(TaskSettings) if known.name != "backend"]
+    return options(TaskSettings, *names)(function)
 
 
-def _numbers(_ctx: click.Context, _parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in value.split(","))
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,1,2") from error
+def listed(name: str, default: Sequence[Any] | None, help: str) -> Decorator:
+    """An option for several values of a field of `Settings`, such as `--rates 0.1,0.2`."""
+    from surgery.settings import Settings  # likewise
+
+    read = _list_of(get_type_hints(Settings)[name])
+    text = _joined(default)
+    return click.option(
+        f"--{name}s", callback=read, default=text, show_default=True, metavar="LIST", help=help
+    )
+
+
+def check_png(path: Path | None) -> None:
+    """Raise BadSettings for a --plot that names no PNG."""
+    if path is not None and path.suffix.lower() != ".png":
+        raise BadSettings(f"--plot draws a PNG; {path} should end in .png.")
+
+
+# --------------------------------------------------------------------------------------------
+# From a field to an option
+# --------------------------------------------------------------------------------------------
+
+
+def _option(kind: type, name: str, changes: dict[str, Any]) -> Decorator:
+    from surgery.settings import spelled  # the dataclass's module imports it too
+
+    known = next(field for field in fields(kind) if field.name == name)
+    facts, hint = known.metadata, _plain(get_type_hints(kind)[name])
+    declared = spelled(known)
+    given: dict[str, Any] = {
+        "help": facts["help"],
+        "metavar": facts.get("metavar"),
+        "default": None if known.default is MISSING else known.default,
+        "show_default": True,
+        "type": hint,
+    }
+    if hint is bool:
+        given.pop("type")
+        if declared.startswith("--no-"):
+            given |= {"default": False, "callback": lambda _ctx, _parameter, value: not value}
+        if "/" not in declared:
+            given["is_flag"] = True
+    elif get_origin(hint) is tuple:
+        given |= {"type": str, "callback": _PARSERS[name]}
+        given["default"] = _joined(given["default"])
+    elif "choices" in facts:
+        given["type"] = click.Choice(list(facts["choices"]))
+    elif given["metavar"] in _PATHS:
+        given["type"] = _PATHS[given["metavar"]]
+    return click.option(declared, name, **{**given, **changes})
+
+
+# What a file or folder to read may be, by the metavar of its option.
+_PATHS = {"FILE": click.Path(dir_okay=False), "DIR": click.Path()}
+
+
+def _plain(hint: Any) -> Any:
+    """A type without the None that says that nothing need be given."""
+    if get_origin(hint) not in (Union, UnionType):
+        return hint
+    return next(part for part in get_args(hint) if part is not NoneType)
+
+
+def _joined(values: Sequence[Any] | None) -> str | None:
+    """Several values as they are typed."""
+    if not values:
+        return None
+    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+
+
+def _list_of(kind: Callable[[str], Any], words: str = "a list such as 0.1,0.2") -> Function:
+    """Reads several values, separated by commas."""
+
+    def parse(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
+        if value is None:
+            return None
+        try:
+            return tuple(kind(part.strip()) for part in value.split(","))
+        except ValueError as error:
+            raise click.BadParameter(f"{value!r} is not {words}") from error
+
+    return parse
 
 
 def _words(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
-def check_png(path: Path | None) -> None:
-    """Raise BadSettings for a --plot that names no PNG."""
-    from surgery.errors import BadSettings
-
-    if path is not None and path.suffix.lower() != ".png":
-        raise BadSettings(f"--plot draws a PNG; {path} should end in .png.")
-
-
-def parse_layers(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
+def _layers(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
     """ "7,9-11" as (7, 9, 10, 11)."""
     if value is None:
         return None
+    found: set[int] = set()
     try:
-        found: list[int] = []
         for part in value.split(","):
             first, _, last = part.partition("-")
-            found += range(int(first), min(int(last or first), _DEEPEST) + 1)
+            found.update(range(int(first), min(int(last or first), _DEEPEST) + 1))
+        if not found or max(found) >= _DEEPEST:
+            raise ValueError(value)
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is not a list of layers such as 7,9-11") from error
-    if not found or max(found) >= _DEEPEST:
-        raise click.BadParameter(f"{value!r} is not a list of layers such as 7,9-11")
-    return tuple(sorted(set(found)))
+    return tuple(sorted(found))
+
+
+# How the text of an option with several values is read, by the field.
+_PARSERS = {
+    "layers": _layers,
+    "seeds": _list_of(int, "a list of numbers such as 0,1,2"),
+    "tasks": _words,
+}

@@ -31,7 +31,8 @@ def command(
 
     The token is read from HF_TOKEN or the cached login (`hf auth login`).
     """
-    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.commands.terminal import Terminal, print_json
+    from surgery.commands.text import safe
     from surgery.jobs.push import push
 
     terminal = Terminal(quiet=quiet, as_json=as_json)

@@ -7,33 +7,33 @@ from pathlib import Path
 
 import click
 
-from surgery.commands.options import output_options
+from surgery.commands.options import output_options, settings
 
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--base", metavar="MODEL", help="The base, when it is not where the manifest says.")
-@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own Python code.")
+@settings("trust_remote_code", help="Run the checkpoint's own Python code.")
 @output_options
 def command(
     folder: Path, base: str | None, trust_remote_code: bool, as_json: bool, quiet: bool
 ) -> None:
     """Convert again from the manifest in DIR and compare every hash; DIR may be a .gguf file."""
-    from rich.table import Table
-
-    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.commands.tables import titled
+    from surgery.commands.terminal import Terminal, print_json
+    from surgery.commands.text import safe
     from surgery.errors import VerificationFailed
     from surgery.jobs.reproduce import reproduce
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
     result = reproduce(folder, base=base, trust_remote_code=trust_remote_code, reporter=terminal)
-    table = Table(title="Reproduction", title_justify="left")
+    table = titled("Reproduction")
     for heading in ("file", "recorded sha256", "repeated"):
         table.add_column(heading)
     for file in result.files:
         mark = "[green]the same[/green]" if file.same else f"[red]{str(file.repeated)[:16]}[/red]"
         table.add_row(safe(file.name), file.recorded[:16], mark)
-    terminal.table(table)
+    terminal.out.print(table)
     if as_json:
         print_json({"same": result.same, **asdict(result)})
     if not result.same:

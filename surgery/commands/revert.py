@@ -22,7 +22,8 @@ def command(folder: Path, output: Path, base: str | None, as_json: bool, quiet: 
     A norm fold needs nothing else; qkv and sink need the undo file (convert --undo-file) or the
     base. Every restored file is compared with its recorded sha256. DIR may be a converted .gguf.
     """
-    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.commands.terminal import Terminal, print_json
+    from surgery.commands.text import safe
     from surgery.jobs.revert import revert
 
     terminal = Terminal(quiet=quiet, as_json=as_json)

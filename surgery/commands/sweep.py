@@ -3,63 +3,35 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from surgery.commands.options import (
-    Decorator,
-    analysis_options,
-    output_options,
-    task_options,
-)
+from surgery.commands.options import LOADING, listed, output_options, settings, task_options
 from surgery.errors import Terminated
-
-
-def _lists(name: str, kind: Callable[[str], Any], default: str | None, words: str) -> Decorator:
-    """An option such as 0.1,0.2."""
-
-    def parse(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> Any:
-        if value is None:
-            return None
-        try:
-            return tuple(kind(part.strip()) for part in value.split(","))
-        except ValueError as error:
-            raise click.BadParameter(f"{value!r} is not a list such as 0.1,0.2") from error
-
-    shown = default is not None
-    return click.option(
-        name, default=default, show_default=shown, callback=parse, metavar="LIST", help=words
-    )
+from surgery.method.mask import SCOPES, SELECTIONS
+from surgery.sweeping.plan import RATES, SCORES
 
 
 @click.command()
 @click.argument("model")
-@_lists("--rates", float, "0.02,0.05,0.1,0.2,0.3,0.5", "Shares of dimensions to mask.")
-@_lists(
-    "--scopes",
-    str,
-    "first,all",
-    "first: the first layer after the ME Layer; all: all after it.",
-)
-@_lists(
-    "--folds",
-    str,
+@listed("rate", RATES, "Shares of dimensions to mask.")
+@listed("scope", SCOPES, "first: the first layer after the ME Layer; all: all after it.")
+@listed(
+    "fold",
     None,
     "Of norm, qkv, sink.  [default: norm,sink, or qkv,sink where norm is not possible]",
 )
-@_lists(
-    "--selects",
-    str,
-    "weight,activation,random",
+@listed(
+    "select",
+    SELECTIONS,
     "How dimensions are chosen; activation and random are the paper's controls.",
 )
-@_lists("--strengths", float, "1", "1 masks, 0 changes nothing.")
+@listed("strength", (1.0,), "1 masks, 0 changes nothing.")
 @click.option(
     "--score",
-    type=click.Choice(["perplexity", "kl", "tasks"]),
+    type=click.Choice(list(SCORES)),
     default="perplexity",
     show_default=True,
     help="What should be low: perplexity, the distance from the paper's reference, or the mean "
@@ -67,7 +39,7 @@ def _lists(name: str, kind: Callable[[str], Any], default: str | None, words: st
 )
 @task_options
 @click.option("--trials", type=int, help="Search so many points (TPE) instead of the whole grid.")
-@click.option("--layer", type=int, metavar="M", help="The ME Layer, instead of searching for it.")
+@settings("layer")
 @click.option(
     "--output",
     "-o",
@@ -82,24 +54,16 @@ def _lists(name: str, kind: Callable[[str], Any], default: str | None, words: st
 )
 @click.option("--study", "study_name", metavar="NAME", help="[default: <name>-sweep]")
 @click.option("--jobs", type=int, default=1, show_default=True, help="Worker processes here.")
-@analysis_options
-@click.option("--seed", type=int, default=0, show_default=True, help="For random and --trials.")
-@click.option(
-    "--check-tokens", type=int, default=2048, show_default=True, help="Tokens to measure on."
-)
+@settings(*LOADING)
+@settings("seed", help="For random and --trials.")
+@settings("check_tokens", default=2048, help="Tokens to measure on.")
 @click.option(
     "--text",
     type=click.Path(dir_okay=False),
     metavar="FILE",
     help="Text or JSONL to measure on in place of the bundled held-out text.",
 )
-@click.option(
-    "--calibration-tokens",
-    type=int,
-    default=4096,
-    show_default=True,
-    help="Tokens that the sink fold and the activation selection see.",
-)
+@settings("calibration_tokens", help="Tokens that the sink fold and the activation selection see.")
 @click.option(
     "--convert-best",
     type=click.Path(path_type=Path),
@@ -114,7 +78,8 @@ def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
     no point is scored again.
     """
     from surgery.commands.tables import sweep_table
-    from surgery.commands.terminal import Terminal, print_json, safe
+    from surgery.commands.terminal import Terminal, print_json
+    from surgery.commands.text import safe
     from surgery.files.generated import FIGURE
     from surgery.jobs.sweep import sweep
     from surgery.sweeping.result import RESULTS
@@ -127,7 +92,7 @@ def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
         sys.exit(143 if isinstance(stop, Terminated) else 130)
     if as_json:
         print_json(found.as_dict())
-    terminal.table(sweep_table(found))
+    terminal.out.print(sweep_table(found))
     if found.best is not None:
         terminal.out.print(
             "front ●: no other point has both a lower score and less distance from the paper's "

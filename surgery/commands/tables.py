@@ -1,8 +1,9 @@
-"""The objects of the pipeline as tables."""
+"""The objects of the pipeline as tables, by their type."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import singledispatch
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -10,48 +11,54 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from surgery.commands.terminal import printable, safe
+from surgery.commands.text import printable, safe
 from surgery.files.generated import UNDO
 from surgery.method.locate import Emergence
 from surgery.outputs.checks import Verification
 from surgery.outputs.plan import Plan, RemotePlan
+from surgery.report.numbers import COLUMNS, short
 
 if TYPE_CHECKING:
     from surgery.files.checkpoint import Checkpoint
     from surgery.folds.edits import Edit
     from surgery.measure.evidence import Evidence
+    from surgery.measure.quality import Quality
     from surgery.sweeping.result import Sweep
 
+_LABELS = {"base": "base", "reference": "paper's reference (hook)", "folded": "folded weights"}
 
+
+def titled(title: str, **options: Any) -> Table:
+    """A table with its title at the left."""
+    return Table(title=title, title_justify="left", **options)
+
+
+@singledispatch
 def tables(result: Any) -> Iterator[RenderableType]:
-    """Tables for an Emergence, Plan, Quality or Verification."""
-    if isinstance(result, Emergence):
-        yield from _emergence(result)
-    elif isinstance(result, Plan):
-        yield _plan(result)
-    elif isinstance(result, Verification):
-        yield _verification(result)
-    elif isinstance(result, RemotePlan):
-        yield _remote_plan(result)
-    else:
-        yield _quality(result)
+    """The tables for what a step found.
+
+    What has no function of its own below is a Quality: to register that would import torch, which
+    a plan is shown without.
+    """
+    quality: Quality = result
+    table = titled(f"Quality on {quality.tokens} held-out tokens")
+    table.add_column("model")
+    for heading in ("perplexity", "against base", "KL(reference ‖ ·)", "KL(base ‖ ·)"):
+        table.add_column(heading, justify="right")
+    for row in quality.variants:
+        table.add_row(
+            _LABELS.get(row.name, row.name),
+            short(row.perplexity),
+            "" if row.name == "base" else f"{row.against_base:+.1%}",
+            short(row.kl_from_reference),
+            short(row.kl_from_base),
+        )
+    yield table
 
 
-def number(value: float | None) -> str:
-    """A measurement with four significant digits; a dash where there is none."""
-    if value is None or value != value:
-        return "–"
-    if value and abs(value) < 1e-3:
-        return f"{value:.1e}"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
-
-
+@tables.register(Emergence)
 def _emergence(found: Emergence) -> Iterator[RenderableType]:
-    table = Table(
-        title="Sink token by layer (medians over the prompts)",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-    )
+    table = titled("Sink token by layer (medians over the prompts)", box=SIMPLE_HEAD)
     for heading in ("layer", "sink norm", "× its input", "others' median", "sink / others"):
         table.add_column(heading, justify="right")
     table.add_column("")
@@ -59,10 +66,10 @@ def _emergence(found: Emergence) -> Iterator[RenderableType]:
         emerged = row.layer == found.layer
         table.add_row(
             str(row.layer),
-            number(row.sink_output),
-            f"×{number(row.magnification)}",
-            number(row.others),
-            number(row.ratio),
+            short(row.sink_output),
+            f"×{short(row.magnification)}",
+            short(row.others),
+            short(row.ratio),
             "← ME Layer" if emerged else "",
             style="bold green" if emerged else None,
         )
@@ -77,7 +84,7 @@ def _emergence(found: Emergence) -> Iterator[RenderableType]:
     if found.layer is not None:
         lines.append(
             f"Massive Emergence Layer {found.layer} (counted from 0): the sink token grows "
-            f"×{number(found.magnification)}; next best lasting layer ×{number(found.runner_up)}; "
+            f"×{short(found.magnification)}; next best lasting layer ×{short(found.runner_up)}; "
             f"confidence {found.confidence}"
         )
     lines.append(
@@ -87,47 +94,9 @@ def _emergence(found: Emergence) -> Iterator[RenderableType]:
     yield Text("\n".join(lines))
 
 
-def evidence_tables(found: Evidence) -> Iterator[RenderableType]:
-    """What the table of an Emergence does not show, in tables narrow enough for a terminal."""
-    from surgery.report.page import COLUMNS
-
-    shown = {"sink", "others", "magnification"}
-    columns = [column for column in COLUMNS if column[1] not in shown]
-    for part in (columns[:5], columns[5:10], columns[10:]):
-        table = Table(
-            title="Evidence by layer (medians over the prompts)",
-            title_justify="left",
-            box=SIMPLE_HEAD,
-        )
-        for heading in ("layer", *(heading for heading, *_ in part)):
-            table.add_column(heading, justify="right")
-        for row in found.rows:
-            table.add_row(str(row.layer), *(number(getattr(row, name)) for _, name, _ in part))
-        yield table
-        yield Text("\n".join(f"{heading}: {meaning}" for heading, _, meaning in part))
-    if found.mask is not None:
-        effect = found.mask
-        yield Text(
-            f"the mask at layer {effect.layer}: S holds {effect.energy:.1%} of the sink's energy; "
-            f"cosine before and after {effect.cosine:.4f}; key changes by {number(effect.key)}, "
-            f"value by {number(effect.value)} of its norm"
-        )
-    for note in found.notes:
-        yield Text(f"note: {printable(note)}")
-
-
-def comparison(rows: Sequence[Mapping[str, str]]) -> Table:
-    """Models side by side, as in the paper's Table 8. rows: cells by heading."""
-    table = Table(title="Massive Emergence Layers", title_justify="left", box=SIMPLE_HEAD)
-    for heading in rows[0]:
-        table.add_column(heading, overflow="fold")
-    for row in rows:
-        table.add_row(*(safe(cell) for cell in row.values()))
-    return table
-
-
-def _plan(plan: Plan) -> RenderableType:
-    table = Table(title="Plan", title_justify="left", show_header=False)
+@tables.register(Plan)
+def _plan(plan: Plan) -> Iterator[RenderableType]:
+    table = titled("Plan", show_header=False)
     patched = [file.name for file in plan.files if file.edits]
     table.add_row("output", safe(plan.product))
     table.add_row("edits", _edits(plan.edits))
@@ -135,7 +104,8 @@ def _plan(plan: Plan) -> RenderableType:
         table.add_row("base", "untouched: the edits become rank-one updates beside it")
         size = f"{plan.bytes_written / 1e3:.3g} kB"
         table.add_row("files", safe(", ".join(file.name for file in plan.files)) + f" ({size})")
-        return table
+        yield table
+        return
     table.add_row(
         "tensors",
         f"{len(plan.edits)} of {len(plan.checkpoint.tensors)} change "
@@ -148,11 +118,12 @@ def _plan(plan: Plan) -> RenderableType:
         table.add_row("made anew", safe(", ".join(plan.generated)))
     table.add_row("disk", f"{plan.bytes_needed / 1e6:,.4g} MB needed")
     _left_out(table, plan.checkpoint)
-    return table
+    yield table
 
 
-def _remote_plan(plan: RemotePlan) -> RenderableType:
-    table = Table(title="Plan", title_justify="left", show_header=False)
+@tables.register(RemotePlan)
+def _remote_plan(plan: RemotePlan) -> Iterator[RenderableType]:
+    table = titled("Plan", show_header=False)
     table.add_row("repository", safe(plan.repository))
     table.add_row("edits", _edits(plan.edits))
     sent, copied = sum(plan.sent.values()) / 1e6, sum(plan.copied.values()) / 1e6
@@ -161,7 +132,16 @@ def _remote_plan(plan: RemotePlan) -> RenderableType:
     )
     table.add_row("copied on the server", f"{len(plan.copied)} files ({copied:,.4g} MB)")
     _left_out(table, plan.checkpoint)
-    return table
+    yield table
+
+
+@tables.register(Verification)
+def _verification(verification: Verification) -> Iterator[RenderableType]:
+    table = titled("Verification", show_header=False)
+    for check in verification.checks:
+        mark = "[green]✓[/green]" if check.passed else "[bold red]✗[/bold red]"
+        table.add_row(mark, safe(check.name), safe(check.detail))
+    yield table
 
 
 def _left_out(table: Table, checkpoint: Checkpoint) -> None:
@@ -187,44 +167,48 @@ def _edits(edits: Sequence[Edit]) -> str:
     return what or "none (strength 0)"
 
 
-_LABELS = {"base": "base", "reference": "paper's reference (hook)", "folded": "folded weights"}
-
-
-def _quality(quality: Any) -> RenderableType:
-    table = Table(title=f"Quality on {quality.tokens} held-out tokens", title_justify="left")
-    table.add_column("model")
-    headings = ("perplexity", "against base", "KL(reference ‖ ·)", "KL(base ‖ ·)")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in quality.variants:
-        table.add_row(
-            _LABELS.get(row.name, row.name),
-            number(row.perplexity),
-            "" if row.name == "base" else f"{row.against_base:+.1%}",
-            number(row.kl_from_reference),
-            number(row.kl_from_base),
+def evidence_tables(found: Evidence) -> Iterator[RenderableType]:
+    """What the table of an Emergence does not show, in tables narrow enough for a terminal."""
+    shown = {"sink", "others", "magnification"}
+    columns = [column for column in COLUMNS if column[1] not in shown]
+    for part in (columns[:5], columns[5:10], columns[10:]):
+        table = titled("Evidence by layer (medians over the prompts)", box=SIMPLE_HEAD)
+        for heading in ("layer", *(heading for heading, *_ in part)):
+            table.add_column(heading, justify="right")
+        for row in found.rows:
+            table.add_row(str(row.layer), *(short(getattr(row, name)) for _, name, _ in part))
+        yield table
+        yield Text("\n".join(f"{heading}: {meaning}" for heading, _, meaning in part))
+    if found.mask is not None:
+        effect = found.mask
+        yield Text(
+            f"the mask at layer {effect.layer}: S holds {effect.energy:.1%} of the sink's energy; "
+            f"cosine before and after {effect.cosine:.4f}; key changes by {short(effect.key)}, "
+            f"value by {short(effect.value)} of its norm"
         )
-    return table
+    for note in found.notes:
+        yield Text(f"note: {printable(note)}")
 
 
-def _verification(verification: Verification) -> RenderableType:
-    table = Table(title="Verification", title_justify="left", show_header=False)
-    for check in verification.checks:
-        mark = "[green]✓[/green]" if check.passed else "[bold red]✗[/bold red]"
-        table.add_row(mark, safe(check.name), safe(check.detail))
+def side_by_side(rows: Sequence[Mapping[str, str]]) -> Table:
+    """Models side by side, as in the paper's Table 8, from their cells by heading."""
+    table = titled("Massive Emergence Layers", box=SIMPLE_HEAD)
+    for heading in rows[0]:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*(safe(cell) for cell in row.values()))
     return table
 
 
 def sweep_table(found: Sweep) -> Table:
     """Every point of a sweep, best first, narrow enough for a terminal."""
     tasks = found.score == "tasks"
-    table = Table(
-        title=f"Sweep of {safe(found.model)}: lowest {'error' if tasks else found.score} first "
-        f"(base perplexity {number(found.base_perplexity)}"
-        f"{f', error {number(found.base_score)}' if tasks else ''})",
+    table = titled(
+        f"Sweep of {safe(found.model)}: lowest {'error' if tasks else found.score} first "
+        f"(base perplexity {short(found.base_perplexity)}"
+        f"{f', error {short(found.base_score)}' if tasks else ''})",
         caption="KL ref: KL(paper's reference ‖ folded), nats; "
         + ("error: 1 − score, mean over the tasks" if tasks else "KL base: KL(base ‖ folded)"),
-        title_justify="left",
         caption_justify="left",
         box=SIMPLE_HEAD,
     )
@@ -245,10 +229,10 @@ def sweep_table(found: Sweep) -> Table:
             continue
         table.add_row(
             *settings,
-            number(figures["perplexity"]),
+            short(figures["perplexity"]),
             f"{figures['against_base']:+.1%}",
-            number(figures["kl_from_reference"]),
-            number(figures["task_error" if tasks else "kl_from_base"]),
+            short(figures["kl_from_reference"]),
+            short(figures["task_error" if tasks else "kl_from_base"]),
             "●" if row.on_front else "",
             style="bold green" if row is found.best else None,
         )

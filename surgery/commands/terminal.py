@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import unicodedata
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -19,27 +18,14 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 
+from surgery.commands.text import safe
+from surgery.outputs.manifest import clean_numbers
 from surgery.reporter import Reporter
-
-
-def printable(text: str) -> str:
-    """Text from a stranger's file, its control characters (terminal escapes) made visible."""
-    return "".join(
-        c if c in "\n\t" or unicodedata.category(c)[0] != "C" else repr(c)[1:-1] for c in text
-    )
-
-
-def safe(text: Any) -> str:
-    """`printable`, with rich's markup switched off too."""
-    return escape(printable(str(text)))
 
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    from surgery.outputs.manifest import clean_numbers
-
     click.echo(json.dumps(clean_numbers(value), indent=2, ensure_ascii=True))
 
 
@@ -52,20 +38,16 @@ class Terminal(Reporter):
         self.out = Console(quiet=self.silent, highlight=False, emoji=False)
         self.err = Console(stderr=True, quiet=self.silent, highlight=False, emoji=False)
         if self.silent:
-            _no_library_bars()
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
     def say(self, message: str) -> None:
         self.err.print(f"[dim]•[/dim] {safe(message)}")
 
     def show(self, result: Any) -> None:
-        from surgery.commands.tables import tables
+        from surgery.commands.tables import tables  # imports numpy
 
         for table in tables(result):
             self.out.print(table)
-
-    def table(self, table: Table) -> None:
-        """Print a table."""
-        self.out.print(table)
 
     @contextmanager
     def bar(self, label: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -74,9 +56,3 @@ class Terminal(Reporter):
         with Progress(*columns, console=self.err, transient=True, disable=self.silent) as progress:
             task = progress.add_task(label, total=total)
             yield lambda done: progress.advance(task, done)
-
-
-def _no_library_bars() -> None:
-    import os
-
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from surgery.commands.options import output_options
+from surgery.commands.options import output_options, settings
 
 
 @click.command()
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--base", metavar="MODEL", help="The base, when it is not where the manifest says.")
-@click.option("--device", help="Such as cpu or cuda:0.  [default: best]")
-@click.option("--trust-remote-code", is_flag=True, help="Run the checkpoint's own Python code.")
+@settings("device", help="Such as cpu or cuda:0.  [default: best]")
+@settings("trust_remote_code", help="Run the checkpoint's own Python code.")
 @output_options
 def command(
     folder: Path,

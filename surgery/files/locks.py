@@ -60,6 +60,6 @@ def _locked_beside(path: Path, *, wait: bool) -> Iterator[bool]:
     try:
         yield sure
     finally:
-        lock.release()
         with suppress(OSError):  # another process has it open by now
-            path.unlink()
+            lock.release()
+            path.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ from surgery.files.checkpoint import Checkpoint
 from surgery.files.digests import file_sha256
 from surgery.files.generated import MANIFEST
 from surgery.files.staging import write_whole
+from surgery.files.text import write_text
 from surgery.measure.task_loading import load_tasks
 from surgery.measure.task_settings import TaskSettings, task_settings
 from surgery.measure.tasks import run_tasks
@@ -86,7 +87,7 @@ class Comparison:
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         if path.exists() and not path.is_file():  # /dev/null, say, must not be replaced
-            path.write_text(f"{text}\n", encoding="utf-8")
+            write_text(path, f"{text}\n")
         else:
             write_whole(path.resolve(), f"{text}\n".encode())
 

@@ -15,6 +15,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from surgery.errors import BadSettings
+from surgery.files.text import write_text
 from surgery.jobs.convert import convert
 from surgery.measure.task_settings import TaskSettings, task_settings
 from surgery.patient.patient import Patient
@@ -149,7 +150,7 @@ def _write(found: Sweep) -> None:
     """Results and figure, each whole, also where another process of the sweep ends just now."""
     with tempfile.TemporaryDirectory(prefix=f"{STUDY}.", dir=found.output) as made:
         part = Path(made)
-        (part / RESULTS).write_text(found.as_json(), encoding="utf-8")
+        write_text(part / RESULTS, found.as_json())
         if found.best is not None:
             plot_sweep(
                 [

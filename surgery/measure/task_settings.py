@@ -9,32 +9,59 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadSettings, SurgeryError
+from surgery.settings import option
 
 # The paper's limits on generated tokens (§5.1).
 MAX_NEW_TOKENS, GSM8K_NEW_TOKENS = 512, 128
 SEEDS = (0, 1, 2)
+BACKENDS = ("hf", "vllm")
 
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """How tasks are run; see `surgery compare --help`.
+    """How tasks are run; every field is an option of `compare` and `sweep`.
 
-    data: a folder with local copies of the documents. limit: documents per task. batch_size: a
-    number or "auto"; None: auto on a GPU, 8 on the CPU. seeds: for tasks that sample; the first
-    one for all others. max_new_tokens: None for the paper's 512, and 128 for GSM8K. temperature:
-    None for each task's own; 0 is greedy. chat_template: None for "where the tokenizer has one".
+    Attributes:
+        tasks: names of lm-evaluation-harness, ours, or YAML files.
+        data: a folder with local copies of the documents.
+        limit: documents per task.
+        batch_size: a number or "auto"; None: auto on a GPU, 8 on the CPU.
+        seeds: for tasks that sample; the first one for all others.
+        max_new_tokens: None for the paper's 512, and 128 for GSM8K.
+        temperature: None for each task's own; 0 is greedy.
+        chat_template: None for "where the tokenizer has one".
+        thinking: the template's `enable_thinking`.
+        backend: what runs the models.
     """
 
-    tasks: tuple[str, ...]
-    data: str | None = None
-    limit: int | None = None
-    batch_size: str | None = None
-    seeds: tuple[int, ...] = SEEDS
-    max_new_tokens: int | None = None
-    temperature: float | None = None
-    chat_template: bool | None = None
-    thinking: bool = False
-    backend: str = "hf"
+    tasks: tuple[str, ...] = option(
+        (),
+        "knowledge, math, safety, any name of lm-evaluation-harness, or YAML files and folders.",
+        metavar="LIST",
+    )
+    data: str | None = option(None, "Local documents for the shipped tasks.", metavar="DIR")
+    limit: int | None = option(None, "Documents per task.")
+    batch_size: str | None = option(None, "A number or auto.  [default: auto; 8 on the CPU]")
+    seeds: tuple[int, ...] = option(SEEDS, "For sampling tasks.")
+    max_new_tokens: int | None = option(
+        None, "Per generation.  [default: 512; GSM8K 128, as the paper]"
+    )
+    temperature: float | None = option(
+        None, "For all generations; 0 is greedy.  [default: the task's]"
+    )
+    chat_template: bool | None = option(
+        None,
+        "Pose tasks as chat.  [default: where the tokenizer has a template]",
+        name="--chat-template/--no-chat-template",
+    )
+    thinking: bool = option(
+        False, "The template's enable_thinking.", name="--thinking/--no-thinking"
+    )
+    backend: str = option(
+        "hf",
+        "What runs the tasks; vllm runs checkpoints only, not the reference.",
+        choices=BACKENDS,
+    )
 
     def __post_init__(self) -> None:
         """Raise BadSettings for values that make no sense."""
@@ -52,8 +79,8 @@ class TaskSettings:
             raise BadSettings("--batch-size must be a number or auto.")
         if self.data is not None and not Path(self.data).is_dir():
             raise BadSettings(f"--data {self.data} is not a folder.")
-        if self.backend not in ("hf", "vllm"):
-            raise BadSettings("--backend must be hf or vllm.")
+        if self.backend not in BACKENDS:
+            raise BadSettings(f"--backend must be {' or '.join(BACKENDS)}.")
         if self.backend == "vllm" and find_spec("vllm") is None:
             raise BadSettings(
                 "--backend vllm needs vllm, which is not installed; run: pip install vllm, or use "

@@ -56,6 +56,8 @@ class Output(ABC):
     """A kind of output; `surgery.outputs.registry` holds one object of each."""
 
     name: ClassVar[str]
+    # Whether it is a file with its provenance inside, without a card.
+    one_file: ClassVar[bool] = False
 
     @abstractmethod
     def default_path(self, stem: str, words: Sequence[str]) -> Path:

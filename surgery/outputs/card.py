@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from surgery.files import plain_yaml
 from surgery.files.generated import UNDO
 from surgery.files.resources import resource_folder
-from surgery.outputs.manifest import Manifest
+from surgery.outputs.manifest import Manifest, QualityRecord
 from surgery.outputs.results import card_words, model_index
 from surgery.outputs.training_record import training_words
+from surgery.settings import Settings, spelled
 
 # Metadata that describes the base and stays true of an edited copy.
 _INHERITED = ("license", "license_name", "license_link", "language", "datasets", "inference")
 _TAGS = ("wemask", "surgery", "massive-activations")
 
+# The order of the options in a command; a device and a repository of one's own say nothing
+# elsewhere.
+_SPOKEN = (
+    *("rate", "scope", "fold", "select", "strength", "seed", "dtype", "max_degradation"),
+    *("revision", "layer", "calibration", "check_tokens", "calibration_tokens", "layers"),
+    *("check", "form", "undo_file", "force", "trust_remote_code"),
+)
 _SELECT_WORDS = {
     "weight": "the largest norm gains, as in the paper",
     "activation": "the sink token's largest activations; the paper reports this choice as harmful",
@@ -30,8 +39,31 @@ _LABELS = {
 }
 
 
+class _Kind(NamedTuple):
+    """What a card is rendered from, and what the Hub makes of it.
+
+    Attributes:
+        template: in the folder `hub_cards`.
+        library: that loads the checkpoint.
+        relation: to the base model.
+    """
+
+    template: str
+    library: str
+    relation: str
+
+
+# By the form of the output, where it is not a plain checkpoint's.
+_KINDS = {"adapter": _Kind("adapter_card.md.jinja", "peft", "adapter")}
+_PLAIN = _Kind("model_card.md.jinja", "transformers", "finetune")
+
+
 def front_matter(path: Path) -> dict[str, Any]:
-    """The YAML metadata of a card; empty when there is none or it is not valid."""
+    """The YAML metadata of a card; empty when there is none or it is not valid.
+
+    Not by huggingface_hub's `ModelCard`, which follows aliases without end, reads the language
+    `no` as False and a date as no text, and raises for the cards of many a base.
+    """
     if not path.is_file():
         return {}
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -50,7 +82,7 @@ def card_metadata(manifest: Manifest, base: Mapping[str, Any]) -> dict[str, Any]
 
     The base's `model-index` is left out: its scores were not measured on this checkpoint.
     """
-    adapter = manifest.settings.form == "adapter"
+    kind = _KINDS.get(manifest.settings.form, _PLAIN)
     found: dict[str, Any] = {key: base[key] for key in _INHERITED if key in base}
     if manifest.base.kind == "hub" or "/" in manifest.base.name:
         found["base_model"] = manifest.base.name
@@ -60,8 +92,8 @@ def card_metadata(manifest: Manifest, base: Mapping[str, Any]) -> dict[str, Any]
     elif isinstance(base.get("base_model"), str):
         found["base_model"] = base["base_model"]
     if "base_model" in found:
-        found["base_model_relation"] = "adapter" if adapter else "finetune"
-    found["library_name"] = "peft" if adapter else "transformers"
+        found["base_model_relation"] = kind.relation
+    found["library_name"] = kind.library
     found["pipeline_tag"] = "text-generation"
     inherited = base.get("tags")
     tags = [str(tag) for tag in inherited] if isinstance(inherited, list) else []
@@ -69,54 +101,34 @@ def card_metadata(manifest: Manifest, base: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
-def command_line(settings: Mapping[str, Any]) -> str:
-    """The command that makes this checkpoint again."""
-    defaults = {
-        "rate": 0.1,
-        "scope": "first",
-        "fold": "norm",
-        "select": "weight",
-        "strength": 1.0,
-        "seed": 0,
-        "dtype": "float32",
-        "max_degradation": 0.1,
-    }
-    words = ["surgery", "convert", shlex.quote(str(settings["model"]))]
-    words += ["--rate", f"{settings['rate']:g}", "--scope", str(settings["scope"])]
-    for name, default in defaults.items():
-        value = settings.get(name, default)
-        if name not in ("rate", "scope") and value != default:
-            words += [f"--{name.replace('_', '-')}", f"{value}"]
-    for name in ("revision", "layer", "calibration", "check_tokens", "calibration_tokens"):
-        value = settings.get(name)
-        if value is not None and value != _UNSPOKEN.get(name):
-            words += [f"--{name.replace('_', '-')}", shlex.quote(str(value))]
-    if settings.get("layers") is not None:
-        words += ["--layers", ",".join(str(layer) for layer in settings["layers"])]
-    if not settings.get("check", True):
-        words.append("--no-check")
-    if settings.get("form", "checkpoint") != "checkpoint":
-        words += ["--as", str(settings["form"])]
-    if settings.get("undo_file"):
-        words.append("--undo-file")
-    if settings.get("force"):
-        words.append("--force")
-    if settings.get("trust_remote_code"):
-        words.append("--trust-remote-code")
+def command_line(settings: Settings) -> str:
+    """The command that makes this checkpoint again: rate, scope, and what is no default."""
+    words = ["surgery", "convert", shlex.quote(settings.model)]
+    known = {field.name: field for field in fields(settings)}
+    for name in _SPOKEN:
+        value, default = getattr(settings, name), known[name].default
+        if value == default and name not in ("rate", "scope"):
+            continue
+        words.append(spelled(known[name]))
+        if not isinstance(default, bool):
+            parts = value if isinstance(value, tuple) else (value,)
+            words.append(shlex.quote(",".join(str(part) for part in parts)))
     return " ".join(words)
 
 
-_UNSPOKEN = {"check_tokens": 4096, "calibration_tokens": 4096}
-
-
 def render_card(manifest: Manifest, base: Mapping[str, Any], *, figure: bool) -> str:
-    """The card as Markdown. base: the base card's metadata."""
+    """The card as Markdown.
+
+    Args:
+        manifest: of the checkpoint; there is no figure in the card that it does not hold.
+        base: the base card's metadata.
+        figure: whether the figure of the layers lies beside the card.
+    """
     import yaml
     from jinja2.sandbox import SandboxedEnvironment
 
-    form = manifest.settings.form
-    name = "adapter_card.md.jinja" if form == "adapter" else "model_card.md.jinja"
-    template = (resource_folder("hub_cards") / name).read_text(encoding="utf-8")
+    kind = _KINDS.get(manifest.settings.form, _PLAIN)
+    template = (resource_folder("hub_cards") / kind.template).read_text(encoding="utf-8")
     environment = SandboxedEnvironment(
         autoescape=False, keep_trailing_newline=True, trim_blocks=True
     )
@@ -129,14 +141,11 @@ def render_card(manifest: Manifest, base: Mapping[str, Any], *, figure: bool) ->
 
 
 def _words(manifest: Manifest, figure: bool) -> dict[str, Any]:
-    settings, emergence = manifest.settings.recorded(), manifest.emergence or {}
-    targets = sorted(manifest.dimensions)
-    k = len(manifest.dimensions[targets[0]])
-    base_name = manifest.base.name
+    settings, quality, base_name = manifest.settings, manifest.quality, manifest.base.name
+    emergence: Mapping[str, Any] = manifest.emergence or {}
     on_hub = manifest.base.kind == "hub"
     if manifest.base.note:
-        base_name = manifest.base.note.split(" ", 1)[0]
-        on_hub = True
+        base_name, on_hub = manifest.base.note.split(" ", 1)[0], True
     name = f"{base_name.rsplit('/', 1)[-1]}-WeMask"
     return {
         "title": name,
@@ -145,30 +154,30 @@ def _words(manifest: Manifest, figure: bool) -> dict[str, Any]:
         "layer": emergence.get("layer"),
         "magnification": _short(emergence.get("magnification")) if emergence.get("rows") else "",
         "given": emergence.get("found_by") == "given",
-        "target_words": _target_words(targets),
-        "k": k,
+        "target_words": _target_words(sorted(manifest.dimensions)),
+        "k": len(manifest.dimensions[min(manifest.dimensions)]),
         "hidden_size": manifest.hidden_size,
         "strength": f"{manifest.strength:g}",
-        "rate_words": f"rate {settings['rate']:g}",
-        "select_words": _SELECT_WORDS[settings["select"]],
-        "strength_words": _strength_words(settings["fold"], manifest.strength),
-        "fold_words": manifest.settings.fold_used.words
-        + (" The table below says by how much on this model." if manifest.quality else ""),
+        "rate_words": f"rate {settings.rate:g}",
+        "select_words": _SELECT_WORDS[settings.select],
+        "strength_words": _strength_words(manifest.strength),
+        "fold_words": settings.fold_used.words
+        + (" The table below says by how much on this model." if quality else ""),
         "edited_words": _edited_words(len(manifest.edits)),
         "training": training_words(manifest.training) if manifest.training else "",
-        "quality": _quality_words(manifest.quality),
-        "dtype": settings.get("dtype", "float32"),
-        "forced": bool((manifest.quality or {}).get("forced")),
-        "limit": f"{settings.get('max_degradation', 0.1):+.0%}",
+        "quality": _quality_words(quality) if quality else None,
+        "dtype": settings.dtype,
+        "forced": bool(quality and quality.get("forced")),
+        "limit": f"{settings.max_degradation:+.0%}",
         "leak": _leak_words(manifest),
         "verification": manifest.verification,
         "results": card_words(manifest.results),
         "figure": figure,
         "auto_class": manifest.auto_class,
-        "load_name": settings.get("push_to_hub") or f"path/to/{name}",
+        "load_name": settings.push_to_hub or f"path/to/{name}",
         "command": command_line(settings),
         "undo_words": _undo_words(manifest),
-        "recipe": (manifest.training or {}).get("recipe", {}).get("name"),
+        "recipe": manifest.training["recipe"]["name"] if manifest.training else None,
         "base_citation": on_hub,
     }
 
@@ -187,7 +196,7 @@ def _edited_words(count: int) -> str:
     return f"{count} of the base model's tensors {'was' if count == 1 else 'were'} changed"
 
 
-def _strength_words(fold: str, strength: float) -> str:
+def _strength_words(strength: float) -> str:
     if strength == 1.0:
         return "masked"
     return f"weakened by a strength of {strength:g}"
@@ -199,9 +208,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
 
 
-def _quality_words(quality: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if quality is None:
-        return None
+def _quality_words(quality: QualityRecord) -> dict[str, Any]:
     rows = [
         {
             "label": _LABELS.get(row["name"], row["name"]),
@@ -219,7 +226,8 @@ def _leak_words(manifest: Manifest) -> str:
     leaks = [record.leak for record in manifest.sinks.values()]
     if not leaks:
         return ""
-    text = (manifest.quality or {}).get("leak_text", "calibration text")
+    measured: Mapping[str, Any] = manifest.quality or {}
+    text = measured.get("leak_text", "calibration text")
     return (
         f"Leak of the sink detector v on {text}, worst over the target layers: "
         f"|v·x| on ordinary tokens {max(leak['ordinary_rms'] for leak in leaks):.3g} (rms), "

@@ -26,6 +26,7 @@ from surgery.outputs.checks import (
     verify_untouched,
 )
 from surgery.outputs.describe import FileComparison, compare_files, describe
+from surgery.outputs.figure import plot_layers
 from surgery.outputs.manifest import FileRecord, Manifest
 from surgery.outputs.operation import Operation
 from surgery.outputs.plan import (
@@ -41,7 +42,6 @@ from surgery.outputs.undo import UndoFile, needs_file, undo_size, unpack_file, w
 from surgery.outputs.write import copy_plan, staging
 from surgery.patient.hub import check_downloads
 from surgery.patient.quantised import require_editable
-from surgery.report.plots import plot_layers
 
 # The stored bytes of a tensor before its edit, from the edit, its entry and its present bytes.
 Original = Callable[[Edit, TensorEntry, bytes], bytes]

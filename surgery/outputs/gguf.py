@@ -44,6 +44,7 @@ class Gguf(Output):
     """The norm fold in a GGUF; its manifest travels inside and restores the base from the file."""
 
     name = "gguf"
+    one_file = True
 
     def default_path(self, stem: str, words: Sequence[str]) -> Path:
         return Path(f"{stem}-wemask-{'-'.join(words)}.gguf")

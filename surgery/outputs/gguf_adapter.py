@@ -40,6 +40,7 @@ class GgufAdapter(Output):
     """The sink fold as a .gguf LoRA of rank 1."""
 
     name = "gguf-adapter"
+    one_file = True
 
     def default_path(self, stem: str, words: Sequence[str]) -> Path:
         return Path(f"{stem}-WeMask-v1.0-F32-LoRA.gguf")  # by GGUF's naming convention

@@ -22,6 +22,7 @@ from surgery.files.safetensors_file import read_header
 from surgery.folds.edits import Edit
 from surgery.outputs.checks import Verification, checked
 from surgery.outputs.describe import describe, hashed
+from surgery.outputs.figure import plot_layers
 from surgery.outputs.hub import Pushed, in_one_sentence, stale_files
 from surgery.outputs.manifest import FileRecord, Manifest
 from surgery.outputs.operation import Operation
@@ -30,7 +31,6 @@ from surgery.outputs.write import edited_blocks
 from surgery.patient.hub import hub_words
 from surgery.patient.quantised import method_of
 from surgery.patient.repository import repository_name
-from surgery.report.plots import plot_layers
 from surgery.settings import Settings
 
 _STEP = 8 * 1024 * 1024

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from surgery.report.plots import _drawing, _style
+from surgery.outputs.figure import drawing, legend, style
 
 if TYPE_CHECKING:
     from surgery.jobs.compare import Comparison
@@ -22,30 +22,30 @@ def plot_changes(result: Comparison, path: Path) -> None:
     """Loss and KL by position for every model, and the tasks' differences from base, as a PNG."""
     names = [measure.name for measure in result.text]
     names += [name for row in result.tasks for name in row.variants]
-    styles = {name: _style(index) for index, name in enumerate(dict.fromkeys(names))}
+    styles = {name: style(index) for index, name in enumerate(dict.fromkeys(names))}
     height = sum(0.6 + 0.4 * (len(row.variants) - 1) for row in result.tasks)
     heights = ([3.2, 3.2] if result.text else []) + ([max(2.5, height)] if result.tasks else [])
-    shape = {"figsize": (9, sum(heights) + 1), "height_ratios": heights, "squeeze": False}
-    with _drawing(path, len(heights), 1, **shape) as (figure, grid):
+    shape: dict[str, Any] = {
+        "figsize": (9, sum(heights) + 1),
+        "height_ratios": heights,
+        "squeeze": False,
+    }
+    with drawing(path, len(heights), 1, **shape) as (figure, grid):
         panels = list(grid[:, 0])
         if result.text:
             _curves(panels, result, styles)
         if result.tasks:
             _differences(panels[-1], result, styles)
-        handles: dict[str, Any] = {}
-        for axes in panels:
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                handles.setdefault(label, handle)
-        figure.legend(handles.values(), handles, loc="outside upper center", ncols=3, frameon=False)
+        legend(figure, 3, *panels)
 
 
 def _curves(panels: Sequence[Any], result: Comparison, styles: Mapping[str, Any]) -> None:
     upper, lower = panels[:2]
     for measure in result.text:
-        style = styles[measure.name]
-        upper.plot(*_binned(measure.loss_by_position), label=measure.name, **style)
+        line = {"label": measure.name, **styles[measure.name]}
+        upper.plot(*_binned(measure.loss_by_position), **line)
         if max(measure.kl_by_position) > 0:
-            lower.plot(*_binned(measure.kl_by_position), label=measure.name, **style)
+            lower.plot(*_binned(measure.kl_by_position), **line)
     upper.set_ylabel("loss\n(nats per token)")
     lower.set_ylabel("KL(base ‖ ·)\n(nats)")
     lower.set_xlabel("position in the window (the first token is 0)")
@@ -85,8 +85,8 @@ def _differences(axes: Any, result: Comparison, styles: Mapping[str, Any]) -> No
                 [middle - max(difference.low, -_REACH)],
                 [min(difference.high, _REACH) - middle],
             ]
-            style = {**styles[name], "linestyle": "none", "markersize": 8}
-            axes.errorbar(middle, place, xerr=reach, label=name, capsize=4, **style)
+            point = {**styles[name], "linestyle": "none", "markersize": 8}
+            axes.errorbar(middle, place, xerr=reach, label=name, capsize=4, **point)
             place += 0.4
         ticks.append((first + place - 0.4) / 2)
         better = "" if row.higher_is_better else "\n(lower is better)"

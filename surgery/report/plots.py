@@ -1,107 +1,22 @@
-"""Figures: drawn without a display, readable at half size and by colour-blind eyes."""
+"""The figures of the evidence, of models side by side, and of a sweep."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from surgery.method.locate import Emergence
+from surgery.outputs.figure import OTHERS, SINK, drawing, legend, mark, style, whole_ticks
 
 if TYPE_CHECKING:
-    from surgery.measure.attention import AttentionEvidence
     from surgery.measure.evidence import Evidence
     from surgery.measure.traces import PromptTrace
 
-# Okabe and Ito's palette.
-SINK, OTHERS, MARK = "#D55E00", "#0072B2", "#009E73"
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-_MARKERS = "osD^vPX*"
-_LINES = ("-", "--", "-.", ":")
-_STYLE = {"font.size": 14, "axes.spines.top": False, "axes.spines.right": False}
-_LAYER = "decoder layer (counted from 0)"
-
-
-@contextmanager
-def _drawing(path: Path, *shape: int, **options: Any) -> Iterator[tuple[Any, Any]]:
-    """A figure and its axes, by pyplot.subplots; written to `path` at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with pyplot.rc_context(_STYLE):
-        figure, axes = pyplot.subplots(*shape, layout="constrained", **options)
-        try:
-            yield figure, axes
-            # No date or version in the file: the same input gives the same bytes.
-            figure.savefig(path, dpi=110, metadata={"Software": None})
-        finally:
-            pyplot.close(figure)
-
-
-def _mark(axes: Any, layer: int | None, *, label: bool = False) -> None:
-    """A line at the ME Layer, and a light grid."""
-    axes.grid(axis="y", alpha=0.3)
-    if layer is not None:
-        axes.axvline(
-            layer,
-            color=MARK,
-            linestyle=":",
-            linewidth=2.5,
-            label=f"ME Layer {layer}" if label else None,
-        )
-
-
-def _style(index: int) -> dict[str, Any]:
-    """Colour, marker and line of the index-th curve; no two of the first eight are alike."""
-    return {
-        "color": _PALETTE[index % len(_PALETTE)],
-        "marker": _MARKERS[index % len(_MARKERS)],
-        "linestyle": _LINES[index % len(_LINES)],
-        "markersize": 5,
-    }
-
-
-def _legend(figure: Any, axes: Any, columns: int) -> None:
-    """A legend above the axes, where it hides nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    if labels:
-        figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
-
-
-def _whole_ticks(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def plot_layers(emergence: Emergence, path: Path, *, title: str) -> None:
-    """Sink and other tokens' output norms by layer, and the sink's magnification, as a PNG."""
-    rows = emergence.rows
-    layers = [row.layer for row in rows]
-    with _drawing(path, 2, 1, figsize=(9, 7), sharex=True, height_ratios=(2, 1)) as (figure, both):
-        upper, lower = both
-        upper.semilogy(
-            layers, [row.sink_output for row in rows], "o-", color=SINK, label="sink token"
-        )
-        upper.semilogy(
-            layers, [row.others for row in rows], "s--", color=OTHERS, label="other tokens (median)"
-        )
-        upper.set_ylabel("L2 norm of the layer's output")
-        upper.set_title(title)
-        lower.bar(layers, [row.magnification for row in rows], color=SINK)
-        lower.set_yscale("log")
-        lower.set_ylabel("sink: output / input")
-        lower.set_xlabel(_LAYER)
-        _whole_ticks(lower)
-        for axes in (upper, lower):
-            _mark(axes, emergence.layer, label=axes is upper)
-        _legend(figure, upper, 3)
+_Found = TypeVar("_Found")
 
 
 def plot_parts(evidence: Evidence, layer: int | None, path: Path) -> None:
@@ -111,15 +26,14 @@ def plot_parts(evidence: Evidence, layer: int | None, path: Path) -> None:
         ("ffn_output", "FFN output"),
         ("output", "layer output"),
     )
-    with _drawing(path, 3, 1, figsize=(9, 10), sharex=True) as (figure, all_axes):
+    with drawing(path, 3, 1, figsize=(9, 10), sharex=True) as (figure, all_axes):
         for axes, (name, label) in zip(all_axes, panels, strict=True):
             _sink_and_others(axes, evidence.traces, name)
             axes.set_ylabel(label)
-            _mark(axes, layer, label=True)
+            mark(axes, layer, label=True)
         figure.supylabel("L2 norm, median over the prompts", fontsize=14)
-        _legend(figure, all_axes[-1], 2)
-        all_axes[-1].set_xlabel(_LAYER)
-        _whole_ticks(all_axes[-1])
+        legend(figure, 2, all_axes[-1])
+        whole_ticks(all_axes[-1])
 
 
 def _sink_and_others(axes: Any, traces: Sequence[PromptTrace], name: str) -> None:
@@ -150,51 +64,48 @@ def _sink_and_others(axes: Any, traces: Sequence[PromptTrace], name: str) -> Non
 def plot_alignment(evidence: Evidence, layer: int | None, path: Path) -> None:
     """ΔFrac and ΔKL of the pre-FFN norm's output by layer (eq. 1 and 2, Fig. 3)."""
     layers = [row.layer for row in evidence.rows]
-    with _drawing(path, 2, 1, figsize=(9, 7), sharex=True) as (figure, (upper, lower)):
+    with drawing(path, 2, 1, figsize=(9, 7), sharex=True) as (figure, (upper, lower)):
         upper.plot(layers, [row.delta_fraction for row in evidence.rows], "o-", color=SINK)
         upper.set_ylabel(f"ΔFrac\n(top {evidence.share:.0%} of the gains)")
         lower.plot(layers, [row.delta_kl for row in evidence.rows], "s--", color=OTHERS)
         lower.set_ylabel("ΔKL (nats)")
-        lower.set_xlabel(_LAYER)
-        _whole_ticks(lower)
+        whole_ticks(lower)
         for axes in (upper, lower):
             axes.axhline(0, color="black", linewidth=1)
-            _mark(axes, layer, label=axes is upper)
-        _legend(figure, upper, 1)
+            mark(axes, layer, label=axes is upper)
+        legend(figure, 1, upper)
 
 
 def plot_ffn(evidence: Evidence, layer: int | None, path: Path) -> None:
     """Projection concentration after gate, up and down, and amplification (eq. 3, Fig. 4)."""
     layers = [row.layer for row in evidence.rows]
-    with _drawing(path, 2, 1, figsize=(9, 7), sharex=True) as (figure, (upper, lower)):
+    with drawing(path, 2, 1, figsize=(9, 7), sharex=True) as (figure, (upper, lower)):
         for index, role in enumerate(("gate", "up", "down")):
             values = [getattr(row, role) for row in evidence.rows]
             if not np.isnan(values).all():
-                upper.plot(layers, values, label=role, **_style(index))
+                upper.plot(layers, values, label=role, **style(index))
         upper.axhline(0, color="black", linewidth=1)
         upper.set_ylabel("concentration\n(sink − others)")
         lower.bar(layers, [row.amplification for row in evidence.rows], color=SINK)
         lower.set_yscale("log")
         lower.set_ylabel("sink: FFN output / input\n(L2 norms)")
-        lower.set_xlabel(_LAYER)
-        _whole_ticks(lower)
+        whole_ticks(lower)
         for axes in (upper, lower):
-            _mark(axes, layer, label=axes is upper)
-        _legend(figure, upper, 4)
+            mark(axes, layer, label=axes is upper)
+        legend(figure, 4, upper)
 
 
 def plot_stability(evidence: Evidence, layer: int | None, path: Path) -> None:
     """The sink's output norm by layer, one curve per prompt (Appendix D, Fig. 5 a and 10)."""
-    with _drawing(path, figsize=(9, 7)) as (figure, axes):
+    with drawing(path, figsize=(9, 7)) as (figure, axes):
         for index, trace in enumerate(evidence.traces):
             curve = trace.output[1:, trace.sink]
             label = f"{trace.prompt.kind}, {len(trace.prompt.tokens)} tokens"
-            axes.semilogy(curve, label=label, alpha=0.85, **_style(index))
+            axes.semilogy(curve, label=label, alpha=0.85, **style(index))
         axes.set_ylabel("L2 norm of the sink's state\nafter the layer")
-        axes.set_xlabel(_LAYER)
-        _whole_ticks(axes)
-        _mark(axes, layer, label=True)
-        _legend(figure, axes, 3)
+        whole_ticks(axes)
+        mark(axes, layer, label=True)
+        legend(figure, 3, axes)
 
 
 def plot_direction(evidence: Evidence, layer: int | None, path: Path) -> None:
@@ -202,7 +113,7 @@ def plot_direction(evidence: Evidence, layer: int | None, path: Path) -> None:
     from matplotlib.colors import LogNorm
 
     states = np.abs(evidence.traces[0].states[1:])
-    with _drawing(path, 2, 1, figsize=(9, 9)) as (figure, (upper, lower)):
+    with drawing(path, 2, 1, figsize=(9, 9)) as (figure, (upper, lower)):
         floor = max(float(np.quantile(states, 0.5)), 1e-9)
         image = upper.pcolormesh(
             np.maximum(states, floor),
@@ -225,52 +136,51 @@ def plot_direction(evidence: Evidence, layer: int | None, path: Path) -> None:
         lower.set_yticks(
             range(len(evidence.traces)), [trace.prompt.kind for trace in evidence.traces]
         )
-        lower.set_xlabel(_LAYER)
-        _whole_ticks(lower)
+        whole_ticks(lower)
         if layer is not None:
             lower.axvline(layer - 0.5, color=SINK, linestyle=":", linewidth=2.5)
 
 
-def plot_knockouts(evidence: Evidence, layer: int, path: Path) -> None:
+def plot_knockouts(evidence: Evidence, layer: int | None, path: Path) -> None:
     """The sink's norm without the ME Layer's FFN or the norm before it (Appendix B, Fig. 9)."""
     names = {"ffn": "FFN output removed", "norm": "norm before the FFN bypassed"}
-    with _drawing(path, figsize=(9, 6)) as (figure, axes):
-        axes.semilogy([row.sink for row in evidence.rows], label="intact model", **_style(1))
+    with drawing(path, figsize=(9, 6)) as (figure, axes):
+        axes.semilogy([row.sink for row in evidence.rows], label="intact model", **style(1))
         for index, knockout in zip((0, 3), evidence.knockouts, strict=False):
-            axes.semilogy(knockout.norms, label=names[knockout.part], **_style(index))
+            axes.semilogy(knockout.norms, label=names[knockout.part], **style(index))
         axes.semilogy(
             [row.others for row in evidence.rows], color="0.5", label="other tokens, intact model"
         )
         axes.set_ylabel("L2 norm of the sink's state\nafter the layer")
-        axes.set_xlabel(_LAYER)
-        _whole_ticks(axes)
-        _mark(axes, layer, label=True)
-        _legend(figure, axes, 2)
+        whole_ticks(axes)
+        mark(axes, layer, label=True)
+        legend(figure, 2, axes)
 
 
-def plot_attention(attention: AttentionEvidence, layer: int | None, path: Path) -> None:
+def plot_attention(evidence: Evidence, layer: int | None, path: Path) -> None:
     """Share of attention on the sink by layer and head (§6)."""
-    with _drawing(path, figsize=(9, 5.5)) as (figure, axes):
+    attention = _present(evidence.attention)
+    with drawing(path, figsize=(9, 5.5)) as (figure, axes):
         image = axes.imshow(
             attention.to_sink.T, aspect="auto", cmap="cividis", vmin=0, vmax=1, origin="lower"
         )
         figure.colorbar(image, ax=axes, label="share of attention on the sink")
-        axes.set_xlabel(_LAYER)
         axes.set_ylabel("attention head")
-        _whole_ticks(axes)
+        whole_ticks(axes)
         axes.yaxis.get_major_locator().set_params(integer=True)
         if layer is not None:
             axes.axvline(layer + 0.5, color=SINK, linestyle=":", linewidth=2.5)
             axes.set_title(f"dotted: between ME Layer {layer} and layer {layer + 1}", fontsize=14)
 
 
-def plot_heatmaps(attention: AttentionEvidence, path: Path) -> None:
+def plot_heatmaps(evidence: Evidence, _layer: int | None, path: Path) -> None:
     """One prompt's attention: ME Layer, the layer after, and that layer masked (Fig. 7, 8)."""
     from matplotlib.colors import PowerNorm
 
-    count = len(attention.heatmaps)
-    with _drawing(path, 1, count, figsize=(3.7 * count, 4.2), squeeze=False) as (figure, grid):
-        for axes, (title, weights) in zip(grid[0], attention.heatmaps.items(), strict=True):
+    heatmaps = _present(evidence.attention).heatmaps
+    count = len(heatmaps)
+    with drawing(path, 1, count, figsize=(3.7 * count, 4.2), squeeze=False) as (figure, grid):
+        for axes, (title, weights) in zip(grid[0], heatmaps.items(), strict=True):
             future = np.triu(np.ones_like(weights, dtype=bool), 1)
             image = axes.imshow(
                 np.ma.masked_array(weights, future), cmap="cividis", norm=PowerNorm(0.5, 0, 1)
@@ -281,13 +191,11 @@ def plot_heatmaps(attention: AttentionEvidence, path: Path) -> None:
         figure.colorbar(image, ax=grid[0][-1], label="weight, mean over heads", shrink=0.8)
 
 
-def plot_mask(evidence: Evidence, path: Path) -> None:
+def plot_mask(evidence: Evidence, _layer: int | None, path: Path) -> None:
     """What S holds of the sink's attention input, and attention on the sink before and under the
     mask (§4)."""
-    effect, attention = evidence.mask, evidence.attention
-    if effect is None:
-        raise ValueError("there is no mask to draw")
-    with _drawing(path, 2, 1, figsize=(9, 8)) as (_, (upper, lower)):
+    effect, attention = _present(evidence.mask), evidence.attention
+    with drawing(path, 2, 1, figsize=(9, 8)) as (_, (upper, lower)):
         order = np.argsort(-effect.inputs, kind="stable")
         chosen = np.isin(order, effect.dimensions)
         ranks = np.arange(len(order))
@@ -299,15 +207,21 @@ def plot_mask(evidence: Evidence, path: Path) -> None:
         upper.grid(axis="y", alpha=0.3)
         upper.legend(frameon=False)
         if attention is not None:
-            lower.plot(np.nanmean(attention.to_sink, axis=1), label="unmasked", **_style(0))
+            lower.plot(np.nanmean(attention.to_sink, axis=1), label="unmasked", **style(0))
             if attention.to_sink_masked is not None:
                 label = f"layer {effect.layer} masked"
-                lower.plot(np.nanmean(attention.to_sink_masked, axis=1), label=label, **_style(1))
+                lower.plot(np.nanmean(attention.to_sink_masked, axis=1), label=label, **style(1))
             lower.legend(frameon=False)
         lower.set_ylabel("attention on the sink\n(mean over heads)")
-        lower.set_xlabel(_LAYER)
-        _whole_ticks(lower)
-        _mark(lower, None)
+        whole_ticks(lower)
+        mark(lower, None)
+
+
+def _present(found: _Found | None) -> _Found:
+    """Evidence that is there; a figure is not asked for where it is not."""
+    if found is None:
+        raise ValueError("this was not measured, so there is nothing to draw")
+    return found
 
 
 def plot_comparison(found: Mapping[str, tuple[Emergence, int]], path: Path) -> None:
@@ -316,28 +230,21 @@ def plot_comparison(found: Mapping[str, tuple[Emergence, int]], path: Path) -> N
     found: by name, an emergence and the model's number of layers, of which a streamed analysis
     has seen only the first ones.
     """
-    with _drawing(path, figsize=(9, 5 + 0.3 * len(found))) as (figure, axes):
+    with drawing(path, figsize=(9, 5 + 0.3 * len(found))) as (figure, axes):
         for index, (name, (emergence, depth)) in enumerate(found.items()):
             ratios = [row.ratio for row in emergence.rows]
             places = (np.arange(len(ratios)) + 1) / depth
             words = "no ME Layer" if emergence.layer is None else f"ME Layer {emergence.layer}"
-            style = _style(index)
-            axes.semilogy(places, ratios, label=f"{name}: {words}, {depth} layers", **style)
+            line = style(index)
+            axes.semilogy(places, ratios, label=f"{name}: {words}, {depth} layers", **line)
             if emergence.layer is not None:
+                ring = {"marker": "o", "markersize": 16, "fillstyle": "none", "markeredgewidth": 2}
                 place, ratio = places[emergence.layer], ratios[emergence.layer]
-                axes.plot(
-                    place,
-                    ratio,
-                    marker="o",
-                    markersize=16,
-                    fillstyle="none",
-                    color=style["color"],
-                    markeredgewidth=2,
-                )
+                axes.plot(place, ratio, color=line["color"], **ring)
         axes.set_ylabel("sink / other tokens\n(L2 norms of the layer's output)")
         axes.set_xlabel("depth: layers done / all layers (ring: ME Layer)")
         axes.grid(axis="y", alpha=0.3)
-        _legend(figure, axes, 1)
+        legend(figure, 1, axes)
 
 
 _FOLD_COLOURS = {"norm": "#0072B2", "qkv": "#009E73", "sink": "#D55E00"}
@@ -379,8 +286,12 @@ def plot_sweep(points: Sequence[SweptPoint], path: Path, *, base: float | None, 
     several = len({strength for strength, _ in panels}) > 1
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
-    shape = {"figsize": (7 * columns, 5 * lines + 1.6), "sharex": True, "squeeze": False}
-    with _drawing(path, lines, columns, **shape) as (figure, grid):
+    shape: dict[str, Any] = {
+        "figsize": (7 * columns, 5 * lines + 1.6),
+        "sharex": True,
+        "squeeze": False,
+    }
+    with drawing(path, lines, columns, **shape) as (figure, grid):
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for (strength, scope), axes in zip(panels, grid.flat, strict=False):
@@ -395,7 +306,7 @@ def plot_sweep(points: Sequence[SweptPoint], path: Path, *, base: float | None, 
             axes.grid(axis="y", alpha=0.3)
         for line in grid:
             line[0].set_ylabel(words)
-        _legend(figure, grid[0][0], 4)
+        legend(figure, 4, grid[0][0])
 
 
 def _sweep_lines(axes: Any, rows: Sequence[SweptPoint]) -> None:

@@ -164,7 +164,7 @@ def collect(plan: Plan, shared: SharedStudy, origin: Origin, folder: Path) -> Sw
     rows = []
     for end in ended:
         point = plan.point(end.parameters)
-        command = command_line(asdict(point.settings(for_convert(plan.common))))
+        command = command_line(point.settings(for_convert(plan.common)))
         marked = end.score is not None and next(marks)
         rows.append(Row(point, end.score, marked, end.figures, end.error, command))
     rows.sort(key=lambda row: math.inf if row.score is None else row.score)

@@ -6,56 +6,60 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Panels from top to bottom: axis label, and the lines in it as (key in the logs, label, colour).
+from surgery.outputs.figure import drawing, style, whole_ticks
+
+# Panels from top to bottom: axis label, and the lines in it as (key in the logs, label).
 PANELS = (
-    (
-        "loss",
-        (("loss", "training loss", "#1b6ca8"), ("eval_loss", "held-out loss", "#c8553d")),
-    ),
-    ("reward", (("reward", "mean reward", "#b07d2b"),)),
-    ("share", (("mask_energy", "share of the sink's energy masked", "#4a7c59"),)),
-    ("1 − cosine", (("sink_drift", "sink drift since the start", "#8a5a83"),)),
+    ("loss", (("loss", "training loss"), ("eval_loss", "held-out loss"))),
+    ("reward", (("reward", "mean reward"),)),
+    ("share", (("mask_energy", "share of the sink's energy masked"),)),
+    ("1 − cosine", (("sink_drift", "sink drift since the start"),)),
 )
-
-
 FROM_ZERO = ("share", "1 − cosine")
+# Above so many points, markers hide the line.
+_MARKED = 30
 
 
 def plot_loss(history: Sequence[Mapping[str, Any]], path: Path, title: str) -> bool:
-    """Draw the logs of a training to a PNG; False, and no file, where they hold no loss."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Draw the logs of a training to a PNG.
 
+    Args:
+        history: the trainer's logs, each with its step.
+        path: of the PNG.
+        title: above it.
+
+    Returns:
+        False, and no file, where the logs hold no loss.
+    """
     panels = [
-        (label, [(name, color, _points(history, key)) for key, name, color in lines])
-        for label, lines in PANELS
+        (axis, [(label, points) for key, label in lines if (points := _points(history, key))])
+        for axis, lines in PANELS
     ]
-    panels = [(label, [line for line in lines if line[2]]) for label, lines in panels]
-    panels = [(label, lines) for label, lines in panels if lines]
+    panels = [(axis, lines) for axis, lines in panels if lines]
     if not panels or panels[0][0] != PANELS[0][0]:
         return False
-    heights = [2.2, *([1.0] * (len(panels) - 1))]
-    figure = Figure(figsize=(7.5, 1.4 * sum(heights)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(
-        len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )[:, 0]
-    for axis, (label, lines) in zip(axes, panels, strict=True):
-        for name, color, points in lines:
-            steps, values = zip(*points, strict=True)
-            marker = "o" if len(points) < 30 else None
-            axis.plot(steps, values, label=name, color=color, marker=marker, markersize=3.5)
-        axis.set_ylabel(label, fontsize=9)
-        if label in FROM_ZERO:
-            axis.set_ylim(0, max(1e-6, 1.15 * max(axis.get_ylim()[1], 0)))
-        axis.legend(frameon=False, fontsize=9)
-        axis.grid(alpha=0.25)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-    axes[0].set_title(title, fontsize=11, loc="left")
-    axes[-1].set_xlabel("step")
-    axes[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    heights = [4.0, *([2.2] * (len(panels) - 1))]
+    shape: dict[str, Any] = {
+        "figsize": (9, sum(heights) + 1),
+        "height_ratios": heights,
+        "squeeze": False,
+    }
+    with drawing(path, len(panels), 1, sharex=True, **shape) as (_, grid):
+        index = 0
+        for axes, (name, lines) in zip(grid[:, 0], panels, strict=True):
+            for label, points in lines:
+                line = style(index)
+                if len(points) >= _MARKED:
+                    line["marker"] = ""
+                axes.plot(*zip(*points, strict=True), label=label, **line)
+                index += 1
+            axes.set_ylabel(name)
+            if name in FROM_ZERO:
+                axes.set_ylim(0, max(1e-6, 1.15 * max(axes.get_ylim()[1], 0)))
+            axes.legend(frameon=False)
+            axes.grid(axis="y", alpha=0.3)
+        grid[0, 0].set_title(title)
+        whole_ticks(grid[-1, 0], "step")
     return True
 
 

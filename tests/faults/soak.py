@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -29,6 +28,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import tiny_models  # noqa: E402
 from hub_server import HubServer  # noqa: E402
+from script import run_script, start  # noqa: E402
 
 # The largest share of a command's usual time at which it is stopped.
 LATEST = 1.1
@@ -248,14 +248,7 @@ def enlarged(folder: Path, source: Path) -> Path:
 def surgery(*words: str, env: dict[str, str] | None = None) -> float:
     """Run a command to its end; how many seconds it took."""
     start = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "surgery", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-        env={**os.environ, **(env or {}), "OMP_NUM_THREADS": "1"},
-    )
+    done = run_script(*words, timeout=600, env={**(env or {}), "OMP_NUM_THREADS": "1"})
     require(done.returncode == 0, f"surgery {' '.join(words)}: {done.returncode} {done.stderr}")
     return time.monotonic() - start
 
@@ -266,12 +259,13 @@ def trial(
     """One command, stopped; how it ended."""
     before = digests(sources)
     scenario.prepare()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "surgery", *scenario.words],
+    env = {**env, "OMP_NUM_THREADS": "1"}
+    process = start(
+        *(sys.executable, "-m", "surgery", *scenario.words),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **env, "OMP_NUM_THREADS": "1"},
+        env=env,
     )
     try:
         _, errors = process.communicate(timeout=delay)
@@ -291,14 +285,7 @@ def trial(
             require("Traceback" not in errors, errors)
     if number != signal.SIGKILL and code in (130, 143):
         require(not scenario.left(), f"left behind after {number.name}: {scenario.left()}")
-    again = subprocess.run(
-        [sys.executable, "-m", "surgery", *(scenario.again or (lambda: scenario.words))()],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-        env={**os.environ, **env, "OMP_NUM_THREADS": "1"},
-    )
+    again = run_script(*(scenario.again or (lambda: scenario.words))(), timeout=600, env=env)
     require(again.returncode in scenario.ends, f"run again: {again.returncode} {again.stderr}")
     scenario.judge(True)
     if again.returncode == 0:
@@ -314,8 +301,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="one scenario")
     arguments = parser.parse_args()
-    # A shell ignores SIGINT in what it runs in the background, and the commands would inherit that.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     chance = random.Random(arguments.seed)
     end = time.monotonic() + 60 * arguments.minutes
     counts: Counter[tuple[str, str]] = Counter()

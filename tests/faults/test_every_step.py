@@ -1,4 +1,7 @@
-"""Every step of writing, with the process killed there, or the operation failing."""
+"""Every step of writing, with the process killed there, or the operation failing.
+
+A sample of the steps in most runs, all of them in `make test-full`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,7 +36,16 @@ Snapshot = Callable[[Path], dict[str, bytes | None]]
 
 
 full = pytest.mark.full
-WAYS = ["new", "overwrite", pytest.param("overwrite without exchange", marks=full)]
+WAYS = ("new", "overwrite", "overwrite without exchange")
+# Of the steps, this many are tried in every run; all of them in a full one.
+SAMPLE = 12
+# And of those that take long, this many.
+FEW = 6
+
+
+def everywhere(*given: str) -> list[Any]:
+    """These parameters with every step."""
+    return [pytest.param(*words.split("; "), None, marks=full) for words in given]
 
 
 @pytest.fixture
@@ -68,9 +81,13 @@ def case(
     return job, reset, source, output
 
 
-@pytest.mark.parametrize("case", WAYS, indirect=True)
+@pytest.mark.parametrize(
+    ("case", "size"),
+    [("new", SAMPLE), ("overwrite", SAMPLE), *everywhere(*WAYS)],
+    indirect=["case"],
+)
 def test_killed_at_every_step(
-    case: tuple[Job, Callable[[], None], Path, Path], snapshot: Snapshot
+    case: tuple[Job, Callable[[], None], Path, Path], size: int | None, snapshot: Snapshot
 ) -> None:
     """The output is absent, the earlier one or the whole new one; the next run repairs the rest."""
     job, reset, source, output = case
@@ -81,7 +98,7 @@ def test_killed_at_every_step(
     whole = snapshot(output)
     assert before != whole
     states = set()
-    for at in points(job, reset):
+    for at in points(job, reset, size=size):
         assert run_until(job, at, kill) == KILLED
         present = output.exists()
         now = snapshot(output)
@@ -111,13 +128,25 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gguf_cut(tmp_path_factory.mktemp("gguf") / "cut.gguf", tensors_per_shard=20)
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
-    "what",
-    ["killed", pytest.param("no space", marks=full), pytest.param("interrupted", marks=full)],
+    ("what", "overwrite", "size"),
+    [
+        ("killed", False, FEW),
+        ("killed", True, FEW),
+        *(
+            pytest.param(what, overwrite, None, marks=full)
+            for what in ("killed", "no space", "interrupted")
+            for overwrite in (False, True)
+        ),
+    ],
 )
 def test_files_that_belong_together(
-    sharded: Path, overwrite: bool, what: str, tmp_path: Path, snapshot: Snapshot
+    sharded: Path,
+    what: str,
+    overwrite: bool,
+    size: int | None,
+    tmp_path: Path,
+    snapshot: Snapshot,
 ) -> None:
     """Shards get their names one after another; no mixture of two outputs can be read."""
     action = {"killed": kill, "no space": fail(errno.ENOSPC), "interrupted": interrupt}[what]
@@ -145,7 +174,7 @@ def test_files_that_belong_together(
     assert before != whole
     assert len(whole) > 1
     halves = 0
-    for at in points(job, reset):
+    for at in points(job, reset, size=size):
         code = run_until(job, at, action)
         now = files()
         assert code != 0 or now == whole, at
@@ -161,21 +190,21 @@ def test_files_that_belong_together(
 
 
 @pytest.mark.parametrize(
-    ("case", "what"),
+    ("case", "what", "size"),
     [
-        ("new", "input/output error"),
-        pytest.param("new", "no space", marks=full),
-        pytest.param("new", "interrupted", marks=full),
-        pytest.param("overwrite", "no space", marks=full),
-        pytest.param("overwrite", "input/output error", marks=full),
-        pytest.param("overwrite", "interrupted", marks=full),
-        pytest.param("overwrite without exchange", "no space", marks=full),
-        pytest.param("overwrite without exchange", "interrupted", marks=full),
+        ("new", "input/output error", 16),
+        *everywhere("new; input/output error", "new; no space", "new; interrupted"),
+        *everywhere("overwrite; no space", "overwrite; input/output error"),
+        *everywhere("overwrite; interrupted", "overwrite without exchange; no space"),
+        *everywhere("overwrite without exchange; interrupted"),
     ],
     indirect=["case"],
 )
 def test_failing_at_every_step(
-    case: tuple[Job, Callable[[], None], Path, Path], what: str, snapshot: Snapshot
+    case: tuple[Job, Callable[[], None], Path, Path],
+    what: str,
+    size: int | None,
+    snapshot: Snapshot,
 ) -> None:
     """One sentence or a clean interruption, and nothing is left but what was there before."""
     job, reset, source, output = case
@@ -190,7 +219,7 @@ def test_failing_at_every_step(
     assert in_child(job) == 0
     whole = snapshot(output)
     failed = 0
-    for at in points(job, reset):
+    for at in points(job, reset, size=size):
         code = run_until(job, at, action)
         assert code in (0, 1, 2, 7, 130), at
         failed += code != 0
@@ -206,10 +235,13 @@ def test_failing_at_every_step(
 
 
 @pytest.mark.parametrize(
-    "case", ["overwrite", pytest.param("overwrite, checked", marks=full)], indirect=True
+    ("case", "size"),
+    [("overwrite", SAMPLE), *everywhere("overwrite", "overwrite, checked")],
+    indirect=["case"],
 )
 def test_a_source_that_cannot_be_read(
     case: tuple[Job, Callable[[], None], Path, Path],
+    size: int | None,
     snapshot: Snapshot,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -218,7 +250,7 @@ def test_a_source_that_cannot_be_read(
     reset()
     before = snapshot(output)
     codes = []
-    for at in points(job, reset, source):
+    for at in points(job, reset, source, size):
         codes.append(run_until(job, at, fail(errno.EIO), source))
         assert codes[-1] in (0, 2, 5, 6, 7), f"{at}: {capfd.readouterr().err}"
         if codes[-1] == 0:  # a call that has a replacement, such as copy_file_range
@@ -226,12 +258,23 @@ def test_a_source_that_cannot_be_read(
         else:
             assert snapshot(output) == before, at
             assert left_beside(output) == set(), at
-    assert codes.count(7) > 5
+    # Of a sample, the same share.
+    assert codes.count(7) > (5 if size is None else 2)
 
 
-@pytest.mark.parametrize("command", ["analyze", "verify", "inspect"])
+@pytest.mark.parametrize(
+    ("command", "size"),
+    [
+        *((command, FEW) for command in ("analyze", "verify", "inspect")),
+        *everywhere("analyze", "verify", "inspect"),
+    ],
+)
 def test_commands_that_cannot_read(
-    command: str, tiny: Callable[..., Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    command: str,
+    size: int | None,
+    tiny: Callable[..., Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """One sentence and an exit code, wherever reading the model fails."""
     from surgery.commands import cli
@@ -249,7 +292,7 @@ def test_commands_that_cannot_read(
             if end.code:
                 raise
 
-    for at in list(points(job, lambda: None, source))[::3]:
+    for at in points(job, lambda: None, source, size):
         capfd.readouterr()
         code = run_until(job, at, fail(errno.EIO), source)
         said = capfd.readouterr().err

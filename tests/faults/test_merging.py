@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import errno
-import json
 import resource
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from small_recipes import least_recipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -34,35 +33,34 @@ from crash_points import (
 from surgery.errors import BadSettings
 from surgery.jobs import finetune as finetuning
 from surgery.jobs.finetune import FineTuning, finetune
+from surgery.settings import Settings
 from surgery.training.recipe import parse_recipe, read_recipe
 
 Snapshot = Callable[[Path], dict[str, bytes | None]]
 PRODUCTS = ("base", "adapter", "model")
 # Of the steps, this many are tried in every run; all of them in a full one.
-SAMPLE = 6
+SAMPLE = 4
 
 
 def a_recipe(folder: Path, model: Path | str, **block: Any) -> Path:
     """Two steps of training a tiny model, of which everything is kept that can be."""
-    rows = folder / "rows.jsonl"
-    row = {"prompt": "The keeper counted 365 steps.", "completion": " Bread and coffee."}
-    rows.write_text("\n".join([json.dumps(row)] * 4))
-    keys = {
-        "model_name_or_path": str(model),
-        "datasets": [{"path": "json", "data_files": str(rows)}],
-        "dtype": "float32",
-        "bf16": False,
-        "max_steps": 2,
-        "save_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "lora_target_modules": "all-linear",
-        "surgery": {"layer": 1, "fold": "norm", "save": "both", "force": True, **block},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(keys))
-    return path
+    block = {"layer": 1, "fold": "norm", "save": "both", "force": True, **block}
+    return least_recipe(folder / "recipe.yaml", model, block, save_steps=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly() -> Iterator[None]:
+    """Folds are measured on little text, and the loss is a figure that takes no time to draw."""
+
+    def plot(_history: Any, file: Path, _title: str) -> bool:
+        file.write_bytes(b"a figure")
+        return True
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("surgery.training.products.plot_loss", plot)
+        patch.setattr(Settings, "check_tokens", 128)
+        patch.setattr(Settings, "calibration_tokens", 128)
+        yield
 
 
 class Training:
@@ -72,7 +70,7 @@ class Training:
         self.source, self.output, self.done = source, folder / "work" / "out", folder / "done"
         self.recipe = a_recipe(folder, source)
         captured: list[Any] = []
-        honest = finetuning._finish
+        honest = finetuning.finish
 
         def finish(*given: Any) -> FineTuning:
             captured[:] = given
@@ -80,7 +78,7 @@ class Training:
             return honest(*given)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(finetuning, "_finish", finish)
+            patch.setattr(finetuning, "finish", finish)
             finetune(self.recipe, output=self.output)
         self.merge: Job = lambda: honest(*captured) and None
 
@@ -161,7 +159,7 @@ def test_failing_at_every_step(
     action = {"no space": fail(errno.ENOSPC), "interrupted": interrupt}[what]
 
     def merge() -> None:
-        with finetuning._in_one_sentence(training.output):
+        with finetuning.in_one_sentence(training.output):
             training.merge()
 
     training.reset()
@@ -181,9 +179,10 @@ def test_failing_at_every_step(
     assert failed
 
 
+@amounts
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_training_is_begun_or_not(
-    overwrite: bool, training: Training, tmp_path: Path, snapshot: Snapshot
+    overwrite: bool, training: Training, tmp_path: Path, snapshot: Snapshot, sampled: bool
 ) -> None:
     """Killed at every step of beginning: nothing, the earlier training, or the new one."""
     output = tmp_path / "work" / "out"
@@ -191,7 +190,7 @@ def test_a_training_is_begun_or_not(
 
     def begin() -> None:
         with ExitStack() as stack:
-            finetuning._prepare(recipe, (), output, stack, resume=False, overwrite=overwrite)
+            finetuning.prepare(recipe, (), output, stack, resume=False, overwrite=overwrite)
 
     def reset() -> None:
         shutil.rmtree(output.parent, ignore_errors=True)
@@ -205,7 +204,11 @@ def test_a_training_is_begun_or_not(
     new = snapshot(output)
     assert set(new) == {"training", "training/recipe.json"}
     seen = set()
-    for at in points(begin, reset):
+    every = list(points(begin, reset))
+    # The last one too, before which all is in place.
+    sample = sorted({*every[:: max(1, len(every) // SAMPLE)], every[-1]})
+    for at in sample if sampled else every:
+        reset()
         assert run_until(begin, at, kill) == KILLED
         now = snapshot(output)
         assert now in (before, new), at
@@ -217,7 +220,10 @@ def test_a_training_is_begun_or_not(
     assert seen == {False, True}
 
 
-@pytest.mark.parametrize("kilobytes", [1, 20, 300, 500])
+@pytest.mark.parametrize(
+    "kilobytes",
+    [pytest.param(1, marks=pytest.mark.full), 20, pytest.param(300, marks=pytest.mark.full), 500],
+)
 def test_files_that_may_not_grow(
     kilobytes: int, training: Training, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from script import run as run_program
+from script import run_script, start
 from shared import Run
 from test_merging import a_recipe
 
@@ -26,30 +28,20 @@ Snapshot = Callable[[Path], dict[str, bytes | None]]
 WORDS = ("--layer", "3", "--no-check", "--quiet")
 
 
-def command(*words: object, **options: object) -> list[str]:
-    return [sys.executable, "-m", "surgery", *(str(word) for word in words)]
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 6 MB, less than the plan wants for any checkpoint."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True
-    )
+    done = run_program("mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", folder)
     if done.returncode != 0:
         pytest.skip("mounting a small file system needs root")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    run_program("umount", folder, check=True)
 
 
 def test_a_full_disk_is_seen_beforehand(tiny: Tiny, small_disk: Path) -> None:
-    done = subprocess.run(
-        command("convert", tiny(), *WORDS, "-o", small_disk / "out"),
-        capture_output=True,
-        text=True,
-    )
+    done = run_script("convert", tiny(), *WORDS, "-o", small_disk / "out")
     assert done.returncode == 2
     assert "free; choose an --output on a larger disk" in done.stderr
     assert list(small_disk.iterdir()) == []
@@ -65,7 +57,7 @@ def test_a_disk_that_cannot_be_written(
     shutil.copytree(tmp_path / "done", done)
     recipe = a_recipe(tmp_path, source)
     before = snapshot(small_disk)
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    run_program("mount", "-o", "remount,ro", small_disk, check=True)
     quick = ("--layer", "1", "--quiet")
     sweep = ("--rates", "0.1", "--scopes", "first", "--folds", "norm", "--selects", "weight")
     for words in (
@@ -117,12 +109,8 @@ def test_a_limit_on_the_size_of_files(tiny: Tiny, tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
 
-    done = subprocess.run(
-        command("convert", tiny(), *WORDS, "-o", tmp_path / "work" / "out"),
-        capture_output=True,
-        text=True,
-        preexec_fn=limited,
-    )
+    output = tmp_path / "work" / "out"
+    done = run_script("convert", tiny(), *WORDS, "-o", output, before=limited)
     assert done.returncode == 2
     assert "File too large" in done.stderr
     assert "Traceback" not in done.stderr
@@ -159,36 +147,59 @@ def test_a_source_that_moves(
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize("moment", ["writing", pytest.param("loading", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
 )
-def test_signals(number: int, code: int, tiny: Tiny, tmp_path: Path) -> None:
+def test_signals(number: int, code: int, moment: str, tiny: Tiny, tmp_path: Path) -> None:
     """One sentence, the usual exit code, and nothing left."""
-    (tmp_path / "work").mkdir()
-    process = subprocess.Popen(
-        command("convert", tiny(), "--layer", "3", "-o", tmp_path / "work" / "out"),
+    work = tmp_path / "work"
+    work.mkdir()
+    program: tuple[str, ...] = ("-c", _WRITING)
+    words: tuple[object, ...] = ("convert", tiny(), "--layer", "3", "-o", work / "out")
+    if moment == "writing":
+        words += ("--no-check", "--quiet")
+    else:
+        program = ("-m", "surgery")
+    process = start(
+        *(sys.executable, *program, *words),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+    assert process.stdout is not None
     assert process.stderr is not None
-    first = process.stderr.readline()  # it has begun
+    # It has begun.
+    first = (process.stdout if moment == "writing" else process.stderr).readline()
+    begun = list(work.iterdir())
     process.send_signal(number)
     _, rest = process.communicate(timeout=60)
-    assert "Loading" in first
+    assert moment in first.lower()
+    assert len(begun) == (moment == "writing")
     assert process.returncode == code, rest
     assert "nothing was left behind" in rest
     assert "Traceback" not in rest
-    assert list((tmp_path / "work").iterdir()) == []
+    assert list(work.iterdir()) == []
+
+
+# The command as typed, of which the copying takes long.
+_WRITING = """
+import time
+from surgery.outputs import folder
+def slow(*_args):
+    print("writing", flush=True)
+    time.sleep(60)
+folder.copy_plan = slow
+from surgery.__main__ import main
+main()
+"""
 
 
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["TERM", "INT"]
 )
 def test_signals_before_the_command_has_begun(number: int, code: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _EARLY, str(int(number))], capture_output=True, text=True
-    )
+    done = run_program(sys.executable, "-c", _EARLY, int(number))
     assert done.returncode == code
     assert "nothing was left behind" in done.stderr
     assert "Traceback" not in done.stderr
@@ -207,34 +218,31 @@ main()
 """
 
 
-def test_a_killed_run_is_cleaned_up_by_the_next(tiny: Tiny, tmp_path: Path) -> None:
+def test_a_killed_run_is_cleaned_up_by_the_next(tiny: Tiny, tmp_path: Path, run: Run) -> None:
     """What is being written by a living process stays."""
     work = tmp_path / "work"
-    stopped = subprocess.Popen(
-        [sys.executable, "-c", _SLOW, str(tiny()), str(work / "out")], stdout=subprocess.PIPE
-    )
+    slow = (sys.executable, "-c", _SLOW, tiny(), work / "out")
+    stopped = start(*slow, stdout=subprocess.PIPE)
     assert stopped.stdout is not None
     assert stopped.stdout.readline() == b"writing\n"
     assert len(list(work.glob(".out.*.part"))) == 1
-    other = subprocess.run(command("convert", tiny(), *WORDS, "-o", work / "out"))
-    assert other.returncode == 0
+    run("convert", tiny(), *WORDS, "-o", work / "out").ok()
     assert len(list(work.glob(".out.*.part"))) == 1
     stopped.kill()
     stopped.wait()
     time.sleep(0.05)
-    again = subprocess.run(command("convert", tiny(), *WORDS, "--overwrite", "-o", work / "out"))
-    assert again.returncode == 0
+    run("convert", tiny(), *WORDS, "--overwrite", "-o", work / "out").ok()
     assert [path.name for path in work.iterdir()] == ["out"]
 
 
 _SLOW = """
 import sys, time
 import surgery
-from surgery.jobs import convert as conversion
+from surgery.outputs import folder
 def slow(*_args):
     print("writing", flush=True)
     time.sleep(60)
-conversion.copy_plan = slow
+folder.copy_plan = slow
 surgery.convert(sys.argv[1], layer=3, check=False, output=sys.argv[2])
 """
 

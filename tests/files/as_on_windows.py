@@ -17,13 +17,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch  # noqa: F401
-import transformers
-from transformers import AutoModelForCausalLM  # noqa: F401
+import huggingface_hub.file_download  # noqa: F401
+import safetensors.torch  # noqa: F401
+import torch._dynamo  # noqa: F401
+import transformers.models.llama.modeling_llama
+import transformers.models.llama.tokenization_llama
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast  # noqa: F401
 
 HIDDEN = (
     *("pread", "preadv", "preadv2", "pwrite", "pwritev", "readv", "writev", "copy_file_range"),
-    *("posix_fadvise", "posix_fallocate", "pathconf", "fpathconf", "statvfs", "sendfile"),
+    *("posix_fadvise", "posix_fallocate", "pathconf", "fpathconf", "sendfile"),
     *("O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC", "fdatasync", "geteuid", "getuid", "sysconf"),
     *("sched_getaffinity", "mkfifo", "fork"),
 )
@@ -63,7 +66,7 @@ def _renaming(honest: Callable[..., None], *, replaces: bool) -> Callable[..., N
 
 def _removing(honest: Callable[..., None]) -> Callable[..., None]:
     def remove(path: Any) -> None:
-        if os.path.lexists(path):
+        if os.path.lexists(path) and not str(path).endswith(".lock"):  # filelock has its own way
             _refuse_while_open(path)
         honest(path)
 
