@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from surgery.folds.registry import make_edits
     from surgery.jobs.analyze import Analysis, analyze
     from surgery.jobs.card import refresh_card
-    from surgery.jobs.compare import Comparison, compare
+    from surgery.jobs.compare import compare
     from surgery.jobs.convert import convert
     from surgery.jobs.finetune import finetune
     from surgery.jobs.publish import publish
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from surgery.models.anatomy import Anatomy
     from surgery.models.masking import masked, weight_mask, wemask
     from surgery.outputs.checks import Verification
+    from surgery.outputs.comparison import Comparison
     from surgery.outputs.manifest import Manifest, read_manifest
     from surgery.outputs.pipeline import Conversion
     from surgery.outputs.plan import Plan
@@ -56,7 +57,7 @@ _PUBLIC = {
     "folds.registry": "make_edits",
     "jobs.analyze": "Analysis analyze",
     "jobs.card": "refresh_card",
-    "jobs.compare": "Comparison compare",
+    "jobs.compare": "compare",
     "jobs.convert": "convert",
     "jobs.finetune": "finetune",
     "jobs.publish": "publish",
@@ -72,6 +73,7 @@ _PUBLIC = {
     "models.anatomy": "Anatomy",
     "models.masking": "masked weight_mask wemask",
     "outputs.checks": "Verification",
+    "outputs.comparison": "Comparison",
     "outputs.manifest": "Manifest read_manifest",
     "outputs.pipeline": "Conversion",
     "outputs.plan": "Plan",

@@ -13,9 +13,9 @@ from surgery.commands.text import printable, safe
 from surgery.report.numbers import short
 
 if TYPE_CHECKING:
-    from surgery.jobs.compare import Comparison
     from surgery.measure.task_scores import TaskRow, VariantScore
     from surgery.measure.text import TextMeasure
+    from surgery.outputs.comparison import Comparison
 
 
 def comparison_tables(result: Comparison) -> Iterator[RenderableType]:

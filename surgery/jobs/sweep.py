@@ -11,7 +11,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from surgery.errors import BadSettings
@@ -124,8 +124,7 @@ def sweep(
         select=selects,
         strength=strengths,
     )
-    options = {field.name: given[field.name] for field in fields(TaskSettings)}
-    chosen = task_settings(options.pop("tasks"), options)
+    chosen = task_settings(given)
     plan = Plan(common, values, score, text, trials, chosen)
     plan.check(patient)
     origin = patient.checkpoint.origin

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,18 +10,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from surgery.measure.attention import AttentionEvidence, MaskEvidence, mean_of, observe_attention
+from surgery.measure.attention import (
+    AttentionEvidence,
+    attention_evidence,
+    mean_of,
+    observe_attention,
+)
 from surgery.measure.feed_forward import FeedForward, describe_parts, feed_forwards
 from surgery.measure.knockouts import Knockout, knock_out
+from surgery.measure.mask_effect import MaskEvidence, mask_effect
 from surgery.measure.traces import PROJECTIONS, PromptTrace, trace_prompts
 from surgery.method import evidence
 from surgery.method.locate import Emergence, others_median
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy
-from surgery.models.observe import (
-    Progress,
-)
+from surgery.models.observe import Progress
 from surgery.patient.texts import Prompt
+
+logger = logging.getLogger(__name__)
 
 Array = NDArray[np.float64]
 
@@ -29,12 +36,25 @@ Array = NDArray[np.float64]
 class LayerEvidence:
     """One line of the table by layer: medians over the prompts, NaN where nothing was measured.
 
-    sink, others: L2 norms of the layer's output (others: median token). magnification: against
-    the layer before. ffn_*, weight_norm_*: likewise of the FFN's output and of the output of the
-    norm before it. delta_fraction, delta_kl: eq. 1 and 2. gate, up, down: eq. 3, sink minus
-    others. amplification: of the FFN for the sink. cosine: mean over the pairs of inputs.
-    attention: share on the sink, mean over the heads. without_ffn, without_norm: share of the
-    sink's norm that is left.
+    Attributes:
+        layer: its index.
+        sink: L2 norm of the layer's output at the sink.
+        others: the same at the median other token.
+        magnification: `sink` against the layer before.
+        ffn_sink: L2 norm of the FFN's output at the sink.
+        ffn_others: at the median other token.
+        weight_norm_sink: L2 norm of the output of the norm before the FFN, at the sink.
+        weight_norm_others: at the median other token.
+        delta_fraction: eq. 1, sink minus others.
+        delta_kl: eq. 2, sink minus others, nats.
+        gate: eq. 3, sink minus others.
+        up: likewise.
+        down: likewise.
+        amplification: of the FFN for the sink.
+        cosine: of the sink's states, mean over the pairs of inputs.
+        attention: share on the sink, mean over the heads.
+        without_ffn: share of the sink's norm that is left without the ME Layer's FFN.
+        without_norm: without the norm before it.
     """
 
     layer: int
@@ -59,9 +79,18 @@ class LayerEvidence:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that was gathered. notes: what could not be measured on this model, and why.
+    """All that was gathered.
 
-    cosines: between the inputs' sink states, [layers + 1, inputs, inputs]. share: K / D of eq. 1.
+    Attributes:
+        feed_forwards: the FFN of each layer.
+        traces: by prompt.
+        cosines: between the inputs' sink states, [layers + 1, inputs, inputs].
+        knockouts: of the parts of the ME Layer.
+        attention: on the sink; None where it cannot be observed.
+        mask: what the mask does; None where there is no ME Layer, or nothing can be observed.
+        rows: the table by layer.
+        share: K / D of eq. 1.
+        notes: what could not be measured on this model, and why.
     """
 
     feed_forwards: tuple[FeedForward | None, ...]
@@ -87,14 +116,19 @@ def gather(
 ) -> Evidence:
     """Everything the paper measures, on the prompts the ME Layer was located with.
 
-    emergence: its votes say where each prompt's sink is. mask: of the first target layer; without
-    one (no ME Layer) knock-outs and the mask's effect are left out. progress: called with the
-    prompts done, `steps` in all.
+    Args:
+        model: as it is; it need not be in memory whole.
+        anatomy: of its checkpoint.
+        emergence: its votes say where each prompt's sink is.
+        prompts: that it was located with.
+        mask: of the first target layer; without one (no ME Layer) knock-outs and the mask's effect
+            are left out.
+        share: K / D of eq. 1.
+        progress: called with the prompts done, `steps` in all.
     """
-    notes: list[str] = []
     sinks = [vote.position for vote in emergence.votes]
     parts = feed_forwards(model, anatomy, prompts[0].tokens)
-    notes += describe_parts(parts)
+    notes = describe_parts(parts)
     traces = trace_prompts(model, anatomy, parts, prompts, sinks, share, progress)
     states = np.stack([trace.states.astype(np.float64) for trace in traces], axis=1)
     similar = np.stack([evidence.cosines(layer) for layer in states])
@@ -103,20 +137,22 @@ def gather(
             "All prompts begin with the same tokens up to the sink, so its states are equal by "
             "construction; the cosine between inputs says nothing about this model."
         )
+    layer = emergence.layer
     knocked: tuple[Knockout, ...] = ()
-    if emergence.layer is not None:
-        knocked = knock_out(
-            model, anatomy, parts[emergence.layer], emergence.layer, traces, notes, progress
-        )
-    attended, effect = observe_attention(model, anatomy, emergence, traces, mask, notes, progress)
+    if layer is not None:
+        knocked = knock_out(model, anatomy, parts[layer], layer, traces, notes, progress)
+    observed = observe_attention(model, anatomy, traces, mask, notes, progress)
+    target = min(mask.layers) if mask is not None else None
+    attended = attention_evidence(observed, anatomy.depth, layer, target, notes)
+    logger.info("evidence of %d layers on %d prompts", anatomy.depth, len(prompts))
     return Evidence(
         feed_forwards=parts,
         traces=traces,
         cosines=similar,
         knockouts=knocked,
         attention=attended,
-        mask=effect,
-        rows=rows_by_layer(traces, similar, knocked, attended),
+        mask=mask_effect(observed, mask),
+        rows=_rows(traces, similar, knocked, attended),
         share=share,
         notes=tuple(notes),
     )
@@ -133,12 +169,13 @@ def by_layer(traces: Sequence[PromptTrace], reduce: Callable[[PromptTrace], Arra
     return found
 
 
-def rows_by_layer(
+def _rows(
     traces: Sequence[PromptTrace],
     similar: Array,
     knockouts: Sequence[Knockout],
     attended: AttentionEvidence | None,
 ) -> tuple[LayerEvidence, ...]:
+    """The table by layer."""
     depth = len(traces[0].ffn_output)
     blank = np.full(depth, np.nan)
 

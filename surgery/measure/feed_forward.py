@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ import torch
 from surgery.models.anatomy import Anatomy
 from surgery.models.discovery import decoder_layers, feed_forward_names, is_norm
 from surgery.models.observe import first_tensor, hidden, hooked, run
+
+logger = logging.getLogger(__name__)
 
 # Tokens of the one prompt that the parts are found with.
 TOKENS = 64
@@ -30,10 +34,13 @@ _LAYOUTS: tuple[dict[str, tuple[str, int | None]], ...] = (
 class FeedForward:
     """The FFN of one decoder layer, by paths inside that layer.
 
-    norm: the norm whose output the FFN reads, None where it reads the residual stream. shared:
-    attention reads that norm too. post_norm: the norm that reads the FFN's output, if any.
-    projections: "gate", "up" and "down" as far as they exist: a path, and which half of its
-    output.
+    Attributes:
+        module: the FFN.
+        norm: the norm whose output the FFN reads; None where it reads the residual stream.
+        shared: whether attention reads that norm too.
+        post_norm: the norm that reads the FFN's output, if any.
+        projections: "gate", "up" and "down" as far as they exist: a path, and which half of its
+            output.
     """
 
     module: str
@@ -43,66 +50,66 @@ class FeedForward:
     projections: Mapping[str, tuple[str, int | None]]
 
 
+class _Seen:
+    """What the norms and the FFN of one layer were called with and gave, in one forward pass.
+
+    Attributes:
+        handles: the hooks.
+        ffn: what the FFN read and wrote; None until it has run.
+        norms: by name, what each norm read and wrote.
+    """
+
+    def __init__(self, layer: torch.nn.Module, ffn: str | None) -> None:
+        self.ffn: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.norms: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        watched = [(name, child) for name, child in layer.named_children() if is_norm(child)]
+        self.handles = [
+            child.register_forward_hook(partial(self._norm, name), with_kwargs=True)
+            for name, child in watched
+        ]
+        if ffn is not None:
+            module = layer.get_submodule(ffn)
+            self.handles.append(module.register_forward_hook(self._ffn, with_kwargs=True))
+
+    def _norm(self, name: str, _module: Any, args: tuple, kwargs: dict, result: Any) -> None:
+        self.norms.append((name, first_tensor(args, kwargs), hidden(result)))
+
+    def _ffn(self, _module: Any, args: tuple, kwargs: dict, result: Any) -> None:
+        self.ffn = first_tensor(args, kwargs), hidden(result)
+
+
 def feed_forwards(
     model: Any, anatomy: Anatomy, tokens: Sequence[int]
 ) -> tuple[FeedForward | None, ...]:
     """The FFN of every decoder layer and the norms around it, found in one forward pass.
 
-    The FFN is the child of the layer that holds matrices and is neither norm nor attention; its
-    norm is the one whose output tensor it is called with. None where there is no one such child.
+    The norm before the FFN is the one whose output tensor the FFN is called with, the norm after it
+    the one that is called with the FFN's.
+
+    Args:
+        model: as it is.
+        anatomy: of its checkpoint.
+        tokens: ids of a prompt.
+
+    Returns:
+        Per layer; None where there is no single FFN.
     """
-    layers = decoder_layers(model, anatomy)
-    names = feed_forward_names(model, anatomy)
-    outputs: dict[int, list[tuple[str, torch.Tensor]]] = {index: [] for index in range(len(layers))}
-    inputs: dict[int, list[tuple[str, torch.Tensor]]] = {index: [] for index in range(len(layers))}
-    read: dict[int, torch.Tensor] = {}
-    written: dict[int, torch.Tensor] = {}
-
-    def norm_hook(index: int, name: str) -> Callable[..., None]:
-        def hook(_module: Any, args: tuple, kwargs: dict, result: Any) -> None:
-            inputs[index].append((name, first_tensor(args, kwargs)))
-            outputs[index].append((name, hidden(result)))
-
-        return hook
-
-    def ffn_hook(index: int) -> Callable[..., None]:
-        def hook(_module: Any, args: tuple, kwargs: dict, result: Any) -> None:
-            read[index] = first_tensor(args, kwargs)
-            written[index] = hidden(result)
-
-        return hook
-
-    handles = []
-    for index, layer in enumerate(layers):
-        for name, child in layer.named_children():
-            if is_norm(child):
-                handles.append(
-                    child.register_forward_hook(norm_hook(index, name), with_kwargs=True)
-                )
-        if names[index] is not None:
-            module = layer.get_submodule(str(names[index]))
-            handles.append(module.register_forward_hook(ffn_hook(index), with_kwargs=True))
-    with hooked(handles):
+    layers, names = decoder_layers(model, anatomy), feed_forward_names(model, anatomy)
+    seen = [_Seen(layer, name) for layer, name in zip(layers, names, strict=True)]
+    with hooked([handle for one in seen for handle in one.handles]):
         run(model, anatomy, tokens[:TOKENS])
     found: list[FeedForward | None] = []
-    for index, layer in enumerate(layers):
-        module_name = names[index]
-        if module_name is None or index not in read:
+    for layer, name, one, known in zip(layers, names, seen, anatomy.inputs, strict=True):
+        if name is None or one.ffn is None:
             found.append(None)
             continue
-        norm = next((n for n, out in outputs[index] if _same(out, read[index])), None)
-        post = next((n for n, into in inputs[index] if _same(into, written[index])), None)
-        known = anatomy.inputs[index]
+        read, written = one.ffn
+        norm = next((n for n, _, gave in one.norms if _same(gave, read)), None)
+        post = next((n for n, took, _ in one.norms if _same(took, written)), None)
         shared = known is not None and norm is not None and known.norm.endswith(f".{norm}")
-        found.append(
-            FeedForward(
-                module_name,
-                norm,
-                shared,
-                post,
-                _projections(layer.get_submodule(module_name), module_name),
-            )
-        )
+        parts = _projections(layer.get_submodule(name), name)
+        found.append(FeedForward(name, norm, shared, post, parts))
+    logger.debug("the FFN of %d of %d layers", sum(one is not None for one in found), len(found))
     return tuple(found)
 
 

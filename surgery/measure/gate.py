@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 
 from surgery.errors import QualityGate, SurgeryError
 from surgery.folds.base import Calibration, Fold
@@ -11,11 +13,14 @@ from surgery.folds.calibrate import LeakWatcher
 from surgery.folds.editing import EditedWeights
 from surgery.folds.edits import Edit
 from surgery.folds.registry import FOLDS
-from surgery.measure.quality import Quality, measure, require_quality, unmodified
+from surgery.measure.logits import Context
+from surgery.measure.quality import Measured, Quality, measure, require_quality
 from surgery.method.mask import Mask
 from surgery.models.masking import wemask
 from surgery.patient.patient import Patient
 from surgery.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 def measure_fold(
@@ -44,15 +49,18 @@ def measure_fold(
         with weights.active(), watcher.watch():
             yield
 
-    def reference() -> AbstractContextManager[None]:
-        return wemask(model, mask, "first", anatomy=patient.anatomy)
-
-    variants = {"base": unmodified, "reference": reference, "folded": folded}
+    reference = partial(wemask, model, mask, anatomy=patient.anatomy)
+    variants: dict[str, Context] = {
+        "base": nullcontext, "reference": reference, "folded": folded
+    }  # fmt: skip
     total = sum(len(sequence) for sequence in sequences)
     with patient.reporter.bar("Measuring base, reference and fold", total) as advance:
         quality = measure(
             model, patient.anatomy, sequences, min(mask.layers), variants, progress=advance
         )
+    logger.info(
+        "perplexity of the fold: %+.2f %% against base", 100 * quality["folded"].against_base
+    )
     return quality, Calibration(calibration.directions, watcher.leaks())
 
 
@@ -75,7 +83,7 @@ def passes(patient: Patient, mask: Mask, quality: Quality, settings: Settings) -
 
 def _alternative(
     patient: Patient, mask: Mask, fold: Fold, tokens: int
-) -> tuple[str, Quality] | None:
+) -> tuple[str, Measured] | None:
     """How a fold that reaches fewer tokens does on the same text, for the error message."""
     other = next((one for one in FOLDS.values() if one.tokens == "first"), None)
     if fold.tokens == "first" or other is None:

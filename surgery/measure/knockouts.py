@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from surgery.models.anatomy import Anatomy
 from surgery.models.discovery import decoder_layers
 from surgery.models.observe import Progress, first_tensor, hidden, hooked, layer_norms
 
+logger = logging.getLogger(__name__)
+
 Array = NDArray[np.float64]
 # The sink's own norm needs no later tokens; these are there for another token to take over.
 KNOCKOUT_TOKENS = 64
@@ -27,8 +30,11 @@ KNOCKOUT_TOKENS = 64
 class Knockout:
     """What is left without one part of the ME Layer (Appendix B).
 
-    norms: the sink's output norms, medians over the prompts, [layers]. remaining: their share of
-    the intact model's, [layers]. emergence: the layer located in the model without that part.
+    Attributes:
+        part: "ffn", which then gives zeros, or "norm", which then gives its input.
+        norms: the sink's output norms, medians over the prompts, [layers].
+        remaining: their share of the intact model's, [layers].
+        emergence: the layer located in the model without that part; None where there is none.
     """
 
     part: str
@@ -46,6 +52,20 @@ def knock_out(
     notes: list[str],
     progress: Progress,
 ) -> tuple[Knockout, ...]:
+    """The model without the ME Layer's FFN, and without the norm before it.
+
+    Args:
+        model: as it is.
+        anatomy: of its checkpoint.
+        part: the FFN of the ME Layer.
+        layer: the ME Layer.
+        traces: of the intact model.
+        notes: of what could not be measured; more are put there.
+        progress: called with 1 after each prompt.
+
+    Returns:
+        The knock-outs that are possible: a norm that attention reads too stays.
+    """
     usable = [trace for trace in traces if trace.sink < KNOCKOUT_TOKENS]
     if part is None or not usable:
         return ()
@@ -65,14 +85,9 @@ def knock_out(
             notes.append(f"Without the ME Layer's {name} the model overflows in this dtype.")
             continue
         left = np.stack([rows[1:, trace.sink] for rows, trace in zip(norms, usable, strict=True)])
-        found.append(
-            Knockout(
-                part=name,
-                norms=np.median(left, axis=0),
-                remaining=np.median(evidence.remaining(left, intact), axis=0),
-                emergence=agree(norms).layer,
-            )
-        )
+        remaining = np.median(evidence.remaining(left, intact), axis=0)
+        found.append(Knockout(name, np.median(left, axis=0), remaining, agree(norms).layer))
+        logger.debug("layer %d without its %s", layer, name)
     return tuple(found)
 
 

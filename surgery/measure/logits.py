@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +13,26 @@ import torch
 
 from surgery.models.observe import pad
 
+logger = logging.getLogger(__name__)
+
+# What a variant of a model runs within: edited weights, hooks, or nothing (`nullcontext`).
+Context = Callable[[], AbstractContextManager[Any]]
+
 # Logits of one batch stay below about this many numbers.
 LOGITS_BUDGET = 64_000_000
 
 
 def kl(known: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """KL(known ‖ other) in nats, of log-probabilities [..., vocabulary]."""
+    """KL(known ‖ other) in nats, [...], of log-probabilities [..., vocabulary]."""
     return (known.exp() * (known - other)).sum(-1)
 
 
 def divergence(known: torch.Tensor, other: torch.Tensor) -> float:
-    """KL(known ‖ other) in nats per token, of logits [tokens, vocabulary]; at least in float32."""
+    """KL(known ‖ other) in nats per token, of logits [tokens, vocabulary].
+
+    In the logits' own precision, at least float32: who needs to tell rounding from a difference
+    gives float64.
+    """
     dtype = torch.promote_types(known.dtype, torch.float32)
     return float(
         kl(known.to(dtype).log_softmax(-1), other.to(dtype).log_softmax(-1)).double().mean()
@@ -35,9 +46,13 @@ def perplexity(loss: float) -> float:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded sequences on the model's device. real: bool, False at padding. targets: next tokens.
+    """Padded sequences on a model's device.
 
-    All are [sequences, longest], the targets one token shorter.
+    Attributes:
+        ids: token ids, [sequences, longest].
+        mask: 1 at tokens, 0 at padding, [sequences, longest].
+        real: the same as bool.
+        targets: each position's next token, [sequences, longest - 1].
     """
 
     ids: torch.Tensor
@@ -61,56 +76,67 @@ class Batch:
         return Batch(*(part.to(device) for part in parts))
 
     def log_probabilities(self, model: Any, vocabulary: int | None = None) -> torch.Tensor:
-        """The model's log-probabilities in float32, [sequences, longest, vocabulary].
+        """A model's log-probabilities, [sequences, longest, vocabulary].
 
-        vocabulary: words to leave out beyond, where another model has fewer.
+        In float32 whatever the model computes in: the logarithms of the rarest words differ by
+        less than bfloat16 can tell apart.
+
+        Args:
+            model: run on the batch as it is, without a cache.
+            vocabulary: words beyond this number are left out, where another model has fewer.
         """
         logits = model(input_ids=self.ids, attention_mask=self.mask, use_cache=False).logits
         return logits[..., :vocabulary].float().log_softmax(-1)
 
     def token_losses(self, logs: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihood of each next token, nats, [sequences, longest - 1]."""
-        return -logs[:, :-1].gather(-1, self.targets.unsqueeze(-1)).squeeze(-1)
+        """Negative log-likelihood of each next token, nats, [sequences, longest - 1], float64.
+
+        0 where the next token is padding. Float64, because thousands are summed and variants
+        differ little.
+        """
+        losses = -logs[:, :-1].gather(-1, self.targets.unsqueeze(-1)).squeeze(-1).double()
+        return losses.masked_fill(~self.real[:, 1:], 0.0)
+
+    def token_divergences(self, known: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
+        """KL(known ‖ logs) at each position, nats, [sequences, longest], float64; 0 at padding."""
+        # One sequence at a time: whole batches would need three times their memory here.
+        rows = [kl(p, q).double() for p, q in zip(known, logs, strict=True)]
+        return torch.stack(rows).masked_fill(~self.real, 0.0)
 
     def loss(self, logs: torch.Tensor) -> float:
-        """Negative log-likelihood of all predicted tokens, nats, summed in float64."""
-        return float(self.token_losses(logs)[self.real[:, 1:]].double().sum())
+        """Negative log-likelihood of all predicted tokens, nats, summed."""
+        return float(self.token_losses(logs)[self.real[:, 1:]].sum())
 
     def divergence(self, known: torch.Tensor, logs: torch.Tensor) -> float:
-        """KL(known ‖ logs) in nats, summed over the positions in float64."""
+        """KL(known ‖ logs) in nats, summed over the positions."""
         if known is logs:
             return 0.0
-        # One sequence at a time: whole batches would need three times their memory here.
-        return sum(
-            float(kl(p, q)[real].double().sum())
-            for p, q, real in zip(known, logs, self.real, strict=True)
-        )
-
-    def divergence_by_position(self, known: torch.Tensor, logs: torch.Tensor) -> torch.Tensor:
-        """KL(known ‖ logs) in nats, summed over the sequences, [longest], float64."""
-        return sum(
-            kl(p, q).double().masked_fill(~real, 0.0)
-            for p, q, real in zip(known, logs, self.real, strict=True)
-        )
+        rows = zip(self.token_divergences(known, logs), self.real, strict=True)
+        return sum(float(row[real].sum()) for row, real in rows)
 
 
 def make_batches(
     sequences: Sequence[Sequence[int]], vocabulary: int, device: torch.device
 ) -> Iterator[Batch]:
-    """Sequences of similar length together, on a device."""
-    for batch in batches(sequences, vocabulary):
-        ids, mask = (part.to(device) for part in pad(batch))
-        yield Batch(ids, mask, mask.bool(), ids[:, 1:])
+    """Sequences of similar length together, as many as the logits' memory allows.
 
-
-def batches(sequences: Sequence[Sequence[int]], vocabulary: int) -> Iterator[list[Sequence[int]]]:
-    """Sequences of similar length together, as many as the logits' memory allows."""
+    Args:
+        sequences: token ids.
+        vocabulary: words of the model, which decides how many tokens fit.
+        device: where the batches are put.
+    """
     budget = max(1, LOGITS_BUDGET // vocabulary)
-    batch: list[Sequence[int]] = []
+    waiting: list[Sequence[int]] = []
     for sequence in sorted(sequences, key=len, reverse=True):
-        if batch and (len(batch) + 1) * len(batch[0]) > budget:
-            yield batch
-            batch = []
-        batch.append(sequence)
-    if batch:
-        yield batch
+        if waiting and (len(waiting) + 1) * len(waiting[0]) > budget:
+            yield _batch(waiting, device)
+            waiting = []
+        waiting.append(sequence)
+    if waiting:
+        yield _batch(waiting, device)
+
+
+def _batch(sequences: Sequence[Sequence[int]], device: torch.device) -> Batch:
+    ids, mask = (part.to(device) for part in pad(sequences))
+    logger.debug("a batch of %d sequences, %d tokens long", *ids.shape)
+    return Batch(ids, mask, mask.bool(), ids[:, 1:])

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from surgery.errors import QualityGate
-from surgery.measure.logits import make_batches, perplexity
+from surgery.measure.logits import Context, make_batches, perplexity
 from surgery.models.anatomy import Anatomy
 from surgery.models.discovery import decoder_layers
-from surgery.models.observe import hooked
+from surgery.models.observe import device_of, hooked, standing_in
 
-Variant = Callable[[], AbstractContextManager[None]]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Measured:
     """One variant of a model on one text.
 
-    perplexity over all predicted tokens; against_base: perplexity relative to base, minus 1;
-    kl_from_reference, kl_from_base: mean KL(reference ‖ variant) and KL(base ‖ variant) in nats
-    per position.
+    Attributes:
+        name: "base", "reference" or "folded".
+        perplexity: over all predicted tokens.
+        against_base: perplexity relative to base, minus 1.
+        kl_from_reference: mean KL(reference ‖ variant), nats per position; NaN for the base.
+        kl_from_base: mean KL(base ‖ variant), likewise.
     """
 
     name: str
@@ -37,7 +41,13 @@ class Measured:
 
 @dataclass(frozen=True)
 class Quality:
-    """Base, the paper's reference and folded weights on the same tokens."""
+    """Base, the paper's reference and folded weights on the same tokens.
+
+    Attributes:
+        variants: in this order.
+        tokens: in all.
+        sequences: of these tokens.
+    """
 
     variants: tuple[Measured, ...]
     tokens: int
@@ -74,17 +84,10 @@ class SharedPrefix:
         with hooked(handles):
             yield
 
-    @contextmanager
-    def replay(self, batch: int = 0) -> Iterator[None]:
+    def replay(self, batch: int = 0) -> AbstractContextManager[None]:
         """Skip the shared layers in the forward passes of this block."""
         result = self._results.get(batch)
-        try:
-            for layer in self._layers:
-                layer.forward = lambda *_args, **_kwargs: result
-            yield
-        finally:
-            for layer in self._layers:
-                layer.__dict__.pop("forward", None)
+        return standing_in(self._layers, [lambda *_args, **_kwargs: result] * len(self._layers))
 
 
 def measure(
@@ -92,21 +95,26 @@ def measure(
     anatomy: Anatomy,
     sequences: Sequence[Sequence[int]],
     first_target: int,
-    variants: dict[str, Variant],
+    variants: Mapping[str, Context],
     *,
     progress: Callable[[int], None] = lambda _tokens: None,
 ) -> Quality:
     """Perplexity and KL of each variant, the layers before `first_target` shared by all.
 
-    variants: a context manager per name, entered around each batch; "base" and "reference" must be
-    among them, in this order, because the others are compared with them.
+    Args:
+        model: in memory whole.
+        anatomy: of its checkpoint.
+        sequences: token ids.
+        first_target: the first layer that a variant changes.
+        variants: what the model runs within, by name; "base" and "reference" must be among them,
+            in this order, because the others are compared with them.
+        progress: called with the tokens done.
     """
     totals = {name: [0.0, 0.0, 0.0] for name in variants}
     positions = predicted = 0
     prefix = SharedPrefix(model, anatomy, first_target)
-    device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
-    for batch in make_batches(sequences, vocabulary, device):
+    for batch in make_batches(sequences, vocabulary, device_of(model)):
         known: dict[str, torch.Tensor] = {}
         for number, (name, variant) in enumerate(variants.items()):
             shared = prefix.record() if number == 0 else prefix.replay()
@@ -121,6 +129,7 @@ def measure(
         positions += batch.positions
         predicted += batch.predicted
         progress(batch.positions)
+    logger.info("%d variants on %d tokens", len(variants), positions)
     base = totals["base"][0]
     return Quality(
         tuple(
@@ -140,7 +149,16 @@ def measured(
     kl_from_reference: float,
     kl_from_base: float,
 ) -> Measured:
-    """A variant's figures from the summed losses of variant and base over `predicted` tokens."""
+    """A variant's figures.
+
+    Args:
+        name: of the variant.
+        loss: of the variant, nats, summed over the predicted tokens.
+        base: of the base, likewise.
+        predicted: how many tokens these are.
+        kl_from_reference: nats per position.
+        kl_from_base: nats per position.
+    """
     if name == "base":
         # KL(reference ‖ base) is not measured: base runs before the reference exists.
         return Measured(name, perplexity(base / predicted), 0.0, math.nan, 0.0)
@@ -153,17 +171,16 @@ def measured(
     )
 
 
-def unmodified() -> AbstractContextManager[None]:
-    """The variant that changes nothing."""
-    return nullcontext()
-
-
 def require_quality(
     quality: Quality, fold: str, limit: float, better: tuple[str, Measured] | None
 ) -> None:
-    """Raise QualityGate when the folded perplexity exceeds base by more than `limit`.
+    """Raise QualityGate when the folded perplexity exceeds base by more than a limit.
 
-    better: another fold's name and measurement, when it would have passed or done better.
+    Args:
+        quality: what was measured.
+        fold: its name.
+        limit: the allowed rise, as a share.
+        better: another fold's name and measurement, when it would have passed or done better.
     """
     folded, base = quality["folded"], quality["base"]
     if math.isfinite(folded.perplexity) and folded.against_base <= limit:

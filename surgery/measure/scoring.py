@@ -7,10 +7,12 @@ log-probabilities, and the reference's for as long as the mask stays the same.
 from __future__ import annotations
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,11 +24,11 @@ from surgery.folds.base import Calibration
 from surgery.folds.calibrate import sink_directions
 from surgery.folds.editing import EditedWeights
 from surgery.folds.edits import SinkDirection
-from surgery.measure.logits import Batch, make_batches
-from surgery.measure.quality import SharedPrefix, measured, unmodified
+from surgery.measure.logits import Batch, Context, make_batches, perplexity
+from surgery.measure.quality import SharedPrefix, measured
 from surgery.method.mask import Mask, attention_targets
-from surgery.models.masking import masked
-from surgery.models.observe import sink_magnitudes
+from surgery.models.masking import wemask
+from surgery.models.observe import device_of, sink_magnitudes
 from surgery.patient.locating import choose_mask
 from surgery.patient.patient import Patient
 from surgery.settings import Settings
@@ -34,6 +36,8 @@ from surgery.settings import Settings
 if TYPE_CHECKING:
     from surgery.measure.task_scores import TaskRow
     from surgery.measure.tasks import TaskScorer
+
+logger = logging.getLogger(__name__)
 
 # Log-probabilities of base, and of the reference, that are kept: so many numbers each.
 KEPT_NUMBERS = 256_000_000
@@ -49,17 +53,25 @@ class Touched(SurgeryError):
         )
 
 
-Context = Callable[[], AbstractContextManager[None]]
-
-
 @dataclass(frozen=True)
 class Figures:
     """What one setting did on the held-out text.
 
-    against_base: perplexity relative to base, minus 1. KL in nats per position, against the
-    paper's reference with the same mask and against base. dimensions: in S, per layer. seconds:
-    what scoring took. task_error: mean over the tasks of 1 minus the score (of the score itself
-    where lower is better), each task by its first metric; None without tasks.
+    Attributes:
+        perplexity: of the edited model.
+        against_base: perplexity relative to base, minus 1.
+        kl_from_reference: from the paper's reference with the same mask, nats per position.
+        kl_from_base: likewise.
+        reference_perplexity: of that reference.
+        base_perplexity: of the base.
+        target_layers: that are masked.
+        dimensions: in S, per layer.
+        tokens: of the text.
+        seconds: that scoring took.
+        tasks: scores, each task by its first metric.
+        task_error: mean over the tasks of 1 minus the score (of the score itself where lower is
+            better); None without tasks.
+        base_task_error: the same of the base.
     """
 
     perplexity: float
@@ -79,7 +91,19 @@ class Figures:
 
 @dataclass(frozen=True)
 class TaskFigure:
-    """A task's score with the edit, and its difference from base with the 95 % interval."""
+    """A task's score with the edit, and its difference from base with the 95 % interval.
+
+    Attributes:
+        task: its name.
+        metric: which the score is of.
+        documents: that were run.
+        score: with the edit.
+        base: without.
+        difference: mean over the documents.
+        low: lower bound of its interval.
+        high: upper bound.
+        verdict: what the interval shows.
+    """
 
     task: str
     metric: str
@@ -130,7 +154,15 @@ class Scorer:
         text: str | None,
         tasks: TaskScorer | None = None,
     ) -> None:
-        """layer: the ME Layer. common: everything but the settings that are swept."""
+        """Prepare what all settings share.
+
+        Args:
+            patient: whose weights are edited, in memory.
+            layer: the ME Layer.
+            common: everything but the settings that are swept.
+            text: a file to measure on in place of the bundled held-out text.
+            tasks: run on every setting too.
+        """
         self._tasks = tasks
         self._patient, self._anatomy = patient, patient.anatomy
         self._common, self._layer = common, layer
@@ -138,9 +170,8 @@ class Scorer:
         self._every_target = attention_targets(layer, self._anatomy.attends, "all")
         stop = self._every_target[0]
         sequences = patient.held_out(common.check_tokens, text=text)
-        device = next(model.parameters()).device
         vocabulary = model.config.get_text_config().vocab_size
-        self._batches = list(make_batches(sequences, vocabulary, device))
+        self._batches = list(make_batches(sequences, vocabulary, device_of(model)))
         self._positions = sum(batch.positions for batch in self._batches)
         self._predicted = sum(batch.predicted for batch in self._batches)
         self._prefix = SharedPrefix(model, self._anatomy, stop)
@@ -159,8 +190,7 @@ class Scorer:
         start = time.perf_counter()
         model, checkpoint = self._patient.model, self._patient.plain
         targets = attention_targets(self._layer, self._anatomy.attends, settings.scope)
-        ranks = self._ranks(settings)
-        mask = choose_mask(self._patient, targets, settings.selection, ranks)
+        mask = choose_mask(self._patient, targets, settings.selection, self._ranks(settings))
         fold = settings.fold_used
         touched = fold.touched(self._anatomy, mask)
         self._remember(touched)
@@ -176,6 +206,7 @@ class Scorer:
             from_base += batch.divergence(known, logs)
             del known
             from_reference += batch.divergence(reference.logs(number), logs)
+        logger.debug("scored %s on %d tokens", settings.fold, self._positions)
         rows = self._tasks.score(weights.active) if self._tasks is not None else ()
         self._require_restored(touched)
         base, predicted, positions = self._base.loss, self._predicted, self._positions
@@ -187,10 +218,8 @@ class Scorer:
             against_base=folded.against_base,
             kl_from_reference=folded.kl_from_reference,
             kl_from_base=folded.kl_from_base,
-            reference_perplexity=measured(
-                "reference", reference.loss, base, predicted, 0.0, 0.0
-            ).perplexity,
-            base_perplexity=measured("base", base, base, predicted, 0.0, 0.0).perplexity,
+            reference_perplexity=perplexity(reference.loss / predicted),
+            base_perplexity=perplexity(base / predicted),
             target_layers=mask.layers,
             dimensions=len(mask.dimensions[mask.layers[0]]),
             tokens=positions,
@@ -209,7 +238,7 @@ class Scorer:
 
     def _base_logs(self, number: int) -> torch.Tensor:
         if number in self._recorded:
-            return self._run(number, unmodified)
+            return self._run(number, nullcontext)
         with torch.inference_mode(), self._prefix.record(number):
             logs = self._batches[number].log_probabilities(self._patient.model)
         self._recorded.add(number)
@@ -217,14 +246,9 @@ class Scorer:
 
     def _reference_of(self, mask: Mask) -> Kept:
         if self._reference is None or self._reference[0] != mask:
-
-            def make(number: int) -> torch.Tensor:
-                return self._run(
-                    number, lambda: masked(self._patient.model, self._anatomy, mask, "first")
-                )
-
+            hooks = partial(wemask, self._patient.model, mask, anatomy=self._anatomy)
             self._reference = None  # the old one's memory is free before the new one's is needed
-            self._reference = (mask, Kept(make, self._batches))
+            self._reference = (mask, Kept(partial(self._run, variant=hooks), self._batches))
         return self._reference[1]
 
     def _ranks(self, settings: Settings) -> dict[int, NDArray[np.float64]] | None:
@@ -295,17 +319,10 @@ def task_figures(rows: Sequence[TaskRow]) -> dict[str, Any]:
         assert change is not None
         figures.append(
             TaskFigure(
-                row.task,
-                row.metric,
-                row.n,
-                edited.mean,
-                row.variants["base"].mean,
-                change.difference,
-                change.low,
-                change.high,
-                change.verdict,
+                row.task, row.metric, row.n, edited.mean, row.variants["base"].mean,
+                change.difference, change.low, change.high, change.verdict,
             )
-        )
+        )  # fmt: skip
     return {
         "tasks": tuple(figures),
         "task_error": error("edited"),

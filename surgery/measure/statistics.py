@@ -17,7 +17,13 @@ BETTER, WORSE, NONE = "better", "worse", "no difference shown"
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over documents and its standard error (NaN for a single document)."""
+    """A mean over documents.
+
+    Attributes:
+        mean: of their scores.
+        standard_error: NaN for a single document.
+        n: documents.
+    """
 
     mean: float
     standard_error: float
@@ -28,10 +34,17 @@ class Score:
 class Difference:
     """Variant minus base, paired by document.
 
-    low, high: 95 % confidence interval of the mean difference, by Student's t over the documents'
-    differences. gained, lost: documents on which the variant scores above and below the base;
-    p_discordant: exact two-sided binomial probability of so uneven a split, which for 0/1 scores
-    is McNemar's exact test. verdict: "better", "worse" or "no difference shown".
+    Attributes:
+        n: documents.
+        difference: mean of the documents' differences.
+        standard_error: of that mean.
+        low: lower bound of its 95 % confidence interval, by Student's t.
+        high: upper bound.
+        gained: documents on which the variant scores above the base.
+        lost: documents on which it scores below.
+        p_discordant: exact two-sided binomial probability of so uneven a split, which for 0/1
+            scores is McNemar's exact test.
+        verdict: "better", "worse" or "no difference shown".
     """
 
     n: int
@@ -61,7 +74,7 @@ def mcnemar(gained: int, lost: int) -> float:
 
     1 where no pair is discordant.
     """
-    from scipy.stats import binomtest
+    from scipy.stats import binomtest  # an extra
 
     discordant = gained + lost
     return float(binomtest(gained, discordant, 0.5).pvalue) if discordant else 1.0
@@ -73,8 +86,15 @@ def paired(
     """The difference of two models' scores on the same documents, in the same order.
 
     The verdict needs the confidence interval to leave out 0 and, where all scores are 0 or 1, the
-    exact test to agree: with few discordant documents the interval alone claims too much. Raises
-    BadSettings for lists that cannot be paired.
+    exact test to agree: with few discordant documents the interval alone claims too much.
+
+    Args:
+        base: a score per document.
+        variant: likewise.
+        higher_is_better: whether these are scores, not errors.
+
+    Raises:
+        BadSettings: for lists that cannot be paired.
     """
     if len(base) != len(variant) or not len(base):
         raise BadSettings("Scores can be paired only over the same documents, at least one.")
@@ -96,11 +116,19 @@ def paired(
 def ratio(
     base: Sequence[float], variant: Sequence[float], sizes: Sequence[int]
 ) -> tuple[float, float, float, float]:
-    """Difference per unit of totals over clusters: mean, standard error, interval.
+    """Difference per unit of totals over clusters.
 
-    base, variant: each sequence's summed loss; sizes: its number of tokens. Tokens of one sequence
-    are not independent, so the sequences are what is sampled: a ratio estimator with the usual
-    linearised variance, which is the paired t-interval when all sequences are of one size.
+    Tokens of one sequence are not independent, so the sequences are what is sampled: a ratio
+    estimator with the usual linearised variance, which is the paired t-interval when all sequences
+    are of one size.
+
+    Args:
+        base: each sequence's summed loss, nats.
+        variant: likewise.
+        sizes: each sequence's number of tokens.
+
+    Returns:
+        Mean and standard error, nats per token, and the interval's bounds.
     """
     differences = np.asarray(variant, dtype=np.float64) - np.asarray(base, dtype=np.float64)
     counts, n = np.asarray(sizes, dtype=np.float64), len(sizes)
@@ -113,8 +141,12 @@ def ratio(
 
 
 def interval(mean: float, error: float, freedom: int) -> tuple[float, float]:
-    """Student's t confidence interval; unbounded where the error is not known."""
-    from scipy.stats import t
+    """Student's t confidence interval; unbounded where the error is not known.
+
+    What `scipy.stats.ttest_rel` gives, which has no interval for a ratio, and for a single document
+    NaN and warnings in place of an interval that says nothing.
+    """
+    from scipy.stats import t  # an extra
 
     if not math.isfinite(error) or freedom < 1:
         return -math.inf, math.inf

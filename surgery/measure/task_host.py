@@ -3,132 +3,123 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import (
-    AbstractContextManager,
-    contextmanager,
-)
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import BadSettings, SurgeryError, first_line
-from surgery.files.checkpoint import Checkpoint
 from surgery.measure.task_loading import LoadedTasks, generates, hushed
 from surgery.measure.task_models import counting_transformers, counting_vllm, free_memory
 from surgery.measure.task_scores import Run
 from surgery.patient.patient import Patient
 from surgery.reporter import Reporter
 
+if TYPE_CHECKING:
+    from surgery.measure.logits import Context
+
+logger = logging.getLogger(__name__)
+
 CPU_BATCH = "8"
 END_OF_THOUGHT = "</think>"
 
 
-def make_host(
-    loaded: LoadedTasks, patient: Patient, reporter: Reporter
-) -> tuple[Host, dict[str, Any]]:
-    """What hands models to the harness, and the configuration that all of them run under."""
-    options, tokenizer = loaded.settings, patient.tokenizer
-    has_template = getattr(tokenizer, "chat_template", None) is not None
-    if options.chat_template and not has_template:
-        raise BadSettings("--chat-template was given, but the base's tokenizer has no template.")
-    template = has_template if options.chat_template is None else options.chat_template
-    on_cpu = patient.device.type == "cpu"
-    batch = options.batch_size or (CPU_BATCH if on_cpu and options.backend == "hf" else "auto")
-    recorded = recorded_settings(loaded, template, tokenizer, batch)
-    return Host(loaded, patient, batch, template, reporter), recorded
-
-
-def recorded_settings(
-    loaded: LoadedTasks, template: bool, tokenizer: Any, batch: str
-) -> dict[str, Any]:
-    kept = asdict(loaded.settings)
-    # A folder of this machine says nothing elsewhere, that it was a local one does.
-    kept["data"] = "local folder" if loaded.settings.data else None
-    kept["tasks"] = [name for name, _ in loaded.rows]
-    kept |= {"chat_template": template, "batch_size": batch, "few_shot_examples": 0}
-    if template:
-        text = str(tokenizer.chat_template)
-        kept["chat_template_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    kept["generation"] = {
-        name: dict(task.get_config("generation_kwargs"))
-        for name, task in loaded.tasks.items()
-        if generates(task)
-    }
-    return kept
-
-
 class Host:
-    """Hands models to the harness, all of them with the base's tokenizer and configuration."""
+    """Runs loaded tasks on one model after the other, under one configuration.
 
-    def __init__(
-        self,
-        loaded: LoadedTasks,
-        patient: Patient,
-        batch: str,
-        template: bool,
-        reporter: Reporter,
-    ) -> None:
-        self._loaded, self._patient, self._loading = loaded, patient, patient.loading
-        self._batch, self._template, self._reporter = batch, template, reporter
-        self._thinking = loaded.settings.thinking
+    Attributes:
+        recorded: that configuration, for the results.
+    """
+
+    def __init__(self, loaded: LoadedTasks, base: Patient, reporter: Reporter) -> None:
+        """Decide the configuration.
+
+        Args:
+            loaded: the tasks.
+            base: whose tokenizer, template and defaults of generation hold for all models.
+            reporter: whom to tell.
+
+        Raises:
+            BadSettings: for a chat template that the tokenizer does not have.
+        """
+        self._loaded, self._options = loaded, loaded.settings
+        self._base, self._loading, self._reporter = base, base.loading, reporter
+        self._vllm = self._options.backend == "vllm"
+        template = getattr(base.tokenizer, "chat_template", None)
+        if self._options.chat_template and template is None:
+            raise BadSettings(
+                "--chat-template was given, but the base's tokenizer has no template."
+            )
+        wanted = self._options.chat_template
+        self._template: bool = template is not None if wanted is None else wanted
+        on_cpu = base.device.type == "cpu" and not self._vllm
+        self._batch = self._options.batch_size or (CPU_BATCH if on_cpu else "auto")
         self._generation: Any = None
         self._several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self.recorded = self._recorded(str(template))
+
+    def _recorded(self, template: str) -> dict[str, Any]:
+        kept = asdict(self._options)
+        # A folder of this machine says nothing elsewhere, that it was a local one does.
+        kept["data"] = "local folder" if self._options.data else None
+        kept["tasks"] = [name for name, _ in self._loaded.rows]
+        kept |= {"chat_template": self._template, "batch_size": self._batch}
+        kept["few_shot_examples"] = 0
+        if self._template:
+            kept["chat_template_sha256"] = hashlib.sha256(template.encode()).hexdigest()
+        kept["generation"] = {
+            name: dict(task.get_config("generation_kwargs"))
+            for name, task in self._loaded.tasks.items()
+            if generates(task)
+        }
+        return kept
 
     @contextmanager
-    def model(self, checkpoint: Checkpoint, notes: list[str]) -> Iterator[Any]:
-        """A checkpoint as the harness's own kind of model."""
-        base = checkpoint is self._patient.checkpoint
+    def model(self, patient: Patient, notes: list[str]) -> Iterator[Any]:
+        """A patient as the harness's own kind of model; its memory is free afterwards."""
         options: dict[str, Any] = {"batch_size": self._batch}
         if self._template:
-            options["enable_thinking"] = self._thinking
-        if self._thinking:
+            options["enable_thinking"] = self._options.thinking
+        if self._options.thinking:
             options["think_end_token"] = END_OF_THOUGHT
         with hushed(self._reporter):
-            if self._loaded.settings.backend == "vllm":
+            if self._vllm:
                 lm = counting_vllm()(
-                    pretrained=str(checkpoint.folder),
-                    tokenizer=str(self._patient.checkpoint.folder),
+                    pretrained=str(patient.checkpoint.folder),
+                    tokenizer=str(self._base.checkpoint.folder),
                     dtype=self._loading.dtype,
                     trust_remote_code=self._loading.trust_remote_code,
                     **options,
                 )
             else:
-                lm = self._transformers(checkpoint, base, options)
-                self._same_generation(lm.model, checkpoint, notes)
+                lm = self._transformers(patient, options)
+                self._same_generation(lm.model, patient, notes)
         try:
             yield lm
         finally:
+            if patient is not self._base:
+                del lm
+                patient.release()
             free_memory()
 
-    def _transformers(self, checkpoint: Checkpoint, base: bool, options: dict[str, Any]) -> Any:
-        from surgery.models.loading import load_model, require_finite
-
-        settings, device = self._loading, self._patient.device
+    def _transformers(self, patient: Patient, options: dict[str, Any]) -> Any:
         if self._several:
             # The harness places and shards a model that it loads itself.
-            source: Any = str(checkpoint.folder)
+            source: Any = str(patient.checkpoint.folder)
             options |= {
-                "dtype": settings.dtype,
-                "trust_remote_code": settings.trust_remote_code,
-                "device": str(device),
+                "dtype": self._loading.dtype,
+                "trust_remote_code": self._loading.trust_remote_code,
+                "device": str(self._base.device),
             }
-        elif base:
-            source = self._patient.model
         else:
-            source = load_model(
-                checkpoint.folder,
-                dtype=settings.dtype,
-                device=device,
-                trust_remote_code=settings.trust_remote_code,
-            )
-            require_finite(source)
-        kind = counting_transformers()
-        return kind(
-            pretrained=source, tokenizer=self._patient.tokenizer, backend="causal", **options
+            source = patient.model
+        return counting_transformers()(
+            pretrained=source, tokenizer=self._base.tokenizer, backend="causal", **options
         )
 
-    def _same_generation(self, model: Any, checkpoint: Checkpoint, notes: list[str]) -> None:
+    def _same_generation(self, model: Any, patient: Patient, notes: list[str]) -> None:
         """Defaults of generation come from the base, for every model."""
         own = getattr(model, "generation_config", None)
         if own is None:
@@ -142,23 +133,28 @@ class Host:
 
         if content(own) != content(self._generation):
             notes.append(
-                f"{checkpoint.origin.name} has another generation_config.json than the base; the "
-                "base's was used for both."
+                f"{patient.checkpoint.origin.name} has another generation_config.json than the "
+                "base; the base's was used for both."
             )
         model.generation_config = self._generation
 
-    def run(self, name: str, lm: Any, context: Callable[[], AbstractContextManager[Any]]) -> Run:
-        """Every task on one model: sampled ones once per seed, the others once."""
-        loaded, options = self._loaded, self._loaded.settings
+    def run(self, name: str, lm: Any, context: Context) -> Run:
+        """Every task on one model: sampled ones once per seed, the others once.
+
+        Args:
+            name: of the model, for the reporter.
+            lm: what `model` gives.
+            context: within which it runs.
+        """
+        loaded, seeds = self._loaded, self._options.seeds
         found = Run({}, {})
         once = [task for name, task in loaded.tasks.items() if name not in loaded.sampled]
         often = [task for name, task in loaded.tasks.items() if name in loaded.sampled]
-        plan = ([(options.seeds[0], once)] if once else []) + [
-            (seed, often) for seed in options.seeds if often
-        ]
+        plan = ([(seeds[0], once)] if once else []) + [(seed, often) for seed in seeds if often]
         hits: dict[str, list[bool | None]] = {}
         for number, (seed, tasks) in enumerate(plan, 1):
             self._reporter.say(f"Running tasks on {name} ({number} of {len(plan)}, seed {seed})")
+            logger.info("%d tasks on %s, seed %d", len(tasks), name, seed)
             with hushed(self._reporter), context():
                 samples = self._evaluate(lm, tasks, seed)
             for task, documents in (samples or {}).items():
@@ -173,11 +169,11 @@ class Host:
         return found
 
     def _evaluate(self, lm: Any, tasks: list[Any], seed: int) -> Any:
-        from lm_eval import evaluator, simple_evaluate
+        from lm_eval import evaluator, simple_evaluate  # an extra; imports datasets
 
         # It asks git about the current folder, and git may answer on the user's terminal.
         evaluator.get_git_commit_hash = lambda: None
-        if self._loaded.settings.backend == "vllm":
+        if self._vllm:
             # vLLM's sampler has a seed of its own, per request.
             for task in tasks:
                 if generates(task):
@@ -187,7 +183,7 @@ class Host:
                 model=lm,
                 tasks=list(tasks),
                 num_fewshot=0,
-                limit=self._loaded.settings.limit,
+                limit=self._options.limit,
                 apply_chat_template=self._template,
                 task_manager=self._loaded.manager,
                 log_samples=True,

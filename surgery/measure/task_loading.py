@@ -6,12 +6,7 @@ import io
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import (
-    contextmanager,
-    nullcontext,
-    redirect_stderr,
-    redirect_stdout,
-)
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +16,23 @@ from surgery.files.resources import resource_folder
 from surgery.measure.task_settings import GSM8K_NEW_TOKENS, MAX_NEW_TOKENS, TaskSettings
 from surgery.reporter import Reporter
 
+logger = logging.getLogger(__name__)
+
+# What a task may call the limit of new tokens.
 _TOKEN_LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 @dataclass(frozen=True)
 class LoadedTasks:
-    """Tasks ready to run. rows: (name, leaf tasks), a group that aggregates being one row.
+    """Tasks ready to run.
 
-    manager: the harness's index, which takes it seconds to build.
+    Attributes:
+        settings: that they are run with.
+        rows: of the results: name and leaf tasks, a group that aggregates being one row.
+        tasks: the harness's own, by name.
+        sampled: names of those that sample, so that seeds matter.
+        notes: what was left out.
+        manager: the harness's index, which takes it seconds to build.
     """
 
     settings: TaskSettings
@@ -42,18 +46,21 @@ class LoadedTasks:
 def load_tasks(settings: TaskSettings, reporter: Reporter) -> LoadedTasks:
     """The tasks a user named, with their documents, and what they are to be run with.
 
-    Raises BadSettings for a name that is none, SurgeryError where documents cannot be had.
+    Raises:
+        BadSettings: for a name that is none.
+        SurgeryError: where documents cannot be had.
     """
     reporter.say("Loading tasks")
     shipped = resource_folder("recipes") / "tasks"
     folders = [Path(name) for name in settings.tasks if Path(name).is_dir()]
-    files = [Path(name) for name in settings.tasks if Path(name).is_file()]
+    beside = [Path(name).parent for name in settings.tasks if Path(name).is_file()]
+    paths = [str(path) for path in dict.fromkeys((shipped, *folders, *beside))]
     notes: list[str] = []
     with hushed(reporter):
-        manager = _manager(shipped, [*folders, *(file.parent for file in files)], settings, False)
+        manager = _manager(paths, settings, defaults=False)
         names = _names(manager, settings, folders)
         if any(name not in manager.task_index and not Path(name).is_file() for name in names):
-            manager = _manager(shipped, [*folders, *(f.parent for f in files)], settings, True)
+            manager = _manager(paths, settings, defaults=True)
         rows: list[tuple[str, tuple[str, ...]]] = []
         tasks: dict[str, Any] = {}
         for name in names:
@@ -70,14 +77,15 @@ def load_tasks(settings: TaskSettings, reporter: Reporter) -> LoadedTasks:
                 "given answers."
             )
     kept = tuple(dict.fromkeys(rows))
+    logger.info("%d tasks in %d rows", len(tasks), len(kept))
     return LoadedTasks(settings, kept, tasks, sampled, tuple(notes), manager)
 
 
-def _manager(shipped: Path, folders: Sequence[Path], settings: TaskSettings, defaults: bool) -> Any:
-    from lm_eval.tasks import TaskManager
+def _manager(paths: list[str], settings: TaskSettings, *, defaults: bool) -> Any:
+    """The harness's index of tasks; with its own ones it takes several seconds."""
+    from lm_eval.tasks import TaskManager  # an extra; imports datasets
 
     data = {"data": str(Path(settings.data).resolve())} if settings.data else {}
-    paths = [str(path) for path in dict.fromkeys((shipped, *folders))]
     return TaskManager(include_path=paths, include_defaults=defaults, metadata=data)
 
 
@@ -165,6 +173,7 @@ def _rows(loaded: Any) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def generates(task: Any) -> bool:
+    """Whether a task has the model write an answer, instead of comparing likelihoods."""
     return bool(task.get_config("output_type") == "generate_until")
 
 
@@ -193,7 +202,7 @@ def configure(name: str, task: Any, settings: TaskSettings) -> bool:
 @contextmanager
 def hushed(reporter: Reporter) -> Iterator[None]:
     """The harness speaks on stderr only, so that stdout stays JSON; not at all when silent."""
-    from surgery.models.loading import quiet
+    from surgery.models.loading import quiet  # imports torch
 
     silent = getattr(reporter, "silent", True)
     sink: Any = io.StringIO() if silent else sys.stderr

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 
 def counting_transformers() -> type:
     """The harness's transformers model, which also tells whose generation hit the limit."""
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM  # an extra; imports torch
 
     class Counting(HFLM):
         """Same results; remembers by prompt whether the generation ended by itself."""
 
         def hit_the_limit(self, prompt: str) -> bool | None:
+            """Whether the generation was cut; None where it is not known."""
             return self.__dict__.get("_hits", {}).get(prompt)
 
         def tok_batch_encode(self, strings: Any, *args: Any, **kwargs: Any) -> Any:
@@ -46,12 +48,13 @@ def counting_transformers() -> type:
 
 def counting_vllm() -> type:
     """The same for vLLM, which says by itself why a generation ended."""
-    from lm_eval.models.vllm_causallms import VLLM
+    from lm_eval.models.vllm_causallms import VLLM  # an extra; imports vllm
 
     class Counting(VLLM):
         """Same results; remembers by prompt why the generation ended."""
 
         def hit_the_limit(self, prompt: str) -> bool | None:
+            """Whether the generation was cut; None where it is not known."""
             tokens = tuple(self.tok_encode(prompt))
             return self.__dict__.get("_hits", {}).get(tokens)
 
@@ -66,8 +69,7 @@ def counting_vllm() -> type:
 
 
 def free_memory() -> None:
-    import gc
-
+    """Give back what models that are gone still hold of a GPU's memory."""
     import torch
 
     gc.collect()

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from surgery.errors import SurgeryError
 from surgery.measure.statistics import Difference, over_seeds, paired, score
 from surgery.measure.task_loading import LoadedTasks
@@ -16,9 +18,13 @@ from surgery.measure.task_settings import TaskSettings
 class VariantScore:
     """One model on one task.
 
-    mean: over documents (and seeds), with its standard error over documents;
-    seed_standard_deviation: of the seeds' means, None for a task that seeds do not change.
-    truncated: share of generations that hit the limit of new tokens. difference: against base.
+    Attributes:
+        mean: over documents (and seeds).
+        standard_error: over documents.
+        by_seed: means over the documents.
+        seed_standard_deviation: of these; None for a task that seeds do not change.
+        truncated: share of generations that hit the limit of new tokens; None where it is unknown.
+        difference: against base; None for the base.
     """
 
     mean: float
@@ -33,9 +39,20 @@ class VariantScore:
 class TaskRow:
     """One metric of one task, on every model.
 
-    n: documents, of `available`. seeds: those that were run; deterministic: seeds change nothing,
-    so one was run. filter: which of the harness's answer filters the scores are of. dataset:
-    where the documents come from. hashes, scores: per document, for pairing again.
+    Attributes:
+        task: name of the task or group.
+        metric: of the harness.
+        higher_is_better: whether it is a score, not an error.
+        filter: which of the harness's answer filters the scores are of.
+        n: documents that were run.
+        available: documents that there are.
+        deterministic: whether seeds change nothing, so that one was run.
+        seeds: those that were run.
+        max_new_tokens: None for tasks that do not generate.
+        dataset: where the documents come from.
+        variants: scores by model.
+        hashes: of the documents, for pairing again.
+        scores: by model and document, means over the seeds.
     """
 
     task: str
@@ -55,7 +72,12 @@ class TaskRow:
 
 @dataclass
 class Run:
-    """What one model gave: per leaf task and seed, the harness's per-document records."""
+    """What one model gave.
+
+    Attributes:
+        samples: per leaf task and seed, the harness's per-document records.
+        truncated: per leaf task, the share of generations that were cut; None where unknown.
+    """
 
     samples: dict[str, list[list[dict[str, Any]]]]
     truncated: dict[str, float | None]
@@ -64,34 +86,28 @@ class Run:
 def score_rows(
     name: str, leaves: Sequence[str], loaded: LoadedTasks, runs: Mapping[str, Run]
 ) -> Iterator[TaskRow]:
-    """One row per metric whose aggregate is the mean over documents."""
+    """One row per metric whose aggregate is the mean over documents.
+
+    Args:
+        name: of the row.
+        leaves: tasks in it.
+        loaded: all tasks.
+        runs: by model, "base" being the first.
+
+    Raises:
+        SurgeryError: where two models were given other documents.
+    """
     first = loaded.tasks[leaves[0]]
-    chosen = _filter(runs["base"].samples[leaves[0]][0])
     documents = runs["base"].samples[leaves[0]][0]
+    chosen = _filter(documents)
     sample = next(document for document in documents if document["filter"] == chosen)
-    means = {
-        metric
-        for metric, function in first.aggregation().items()
-        if getattr(function, "__name__", "") == "mean"
-    }
-    directions = first.higher_is_better()
+    aggregates, directions = first.aggregation(), first.higher_is_better()
     sampled = any(leaf in loaded.sampled for leaf in leaves)
-    limits = [loaded.tasks[leaf].get_config("generation_kwargs") or {} for leaf in leaves]
     for metric in sample["metrics"]:
-        if metric not in means or not _is_number(sample[metric]):
+        averages = getattr(aggregates.get(metric), "__name__", "") == "mean"
+        if not averages or not _is_number(sample[metric]):
             continue
-        scores: dict[str, list[list[float]]] = {}
-        hashes: tuple[str, ...] = ()
-        for variant, run in runs.items():
-            by_seed = _by_document(leaves, run, chosen, metric)
-            order = sorted(by_seed[0])
-            found = tuple(by_seed[0][key][0] for key in order)
-            if hashes and found != hashes:
-                raise SurgeryError(
-                    f"The documents of {name} changed between two models; run it again."
-                )
-            hashes = found
-            scores[variant] = [[seed[key][1] for key in order] for seed in by_seed]
+        hashes, scores = _paired(name, leaves, runs, chosen, metric)
         averaged = {
             variant: tuple(sum(column) / len(column) for column in zip(*by_seed, strict=True))
             for variant, by_seed in scores.items()
@@ -106,17 +122,34 @@ def score_rows(
             available=sum(len(loaded.tasks[leaf].eval_docs) for leaf in leaves),
             deterministic=not sampled,
             seeds=loaded.settings.seeds if sampled else loaded.settings.seeds[:1],
-            max_new_tokens=limits[0].get("max_gen_toks"),
+            max_new_tokens=(first.get_config("generation_kwargs") or {}).get("max_gen_toks"),
             dataset=_dataset(first, loaded.settings),
             variants={
                 variant: _variant_score(
-                    variant, scores[variant], averaged, _truncation(leaves, runs[variant]), higher
+                    variant, scores[variant], averaged, _truncation(leaves, run), higher
                 )
-                for variant in runs
+                for variant, run in runs.items()
             },
             hashes=hashes,
             scores=averaged,
         )
+
+
+def _paired(
+    name: str, leaves: Sequence[str], runs: Mapping[str, Run], chosen: str, metric: str
+) -> tuple[tuple[str, ...], dict[str, list[list[float]]]]:
+    """The documents' hashes, and by model the scores per seed and document, in one order."""
+    scores: dict[str, list[list[float]]] = {}
+    hashes: tuple[str, ...] = ()
+    for variant, run in runs.items():
+        by_seed = _by_document(leaves, run, chosen, metric)
+        order = sorted(by_seed[0])
+        found = tuple(by_seed[0][key][0] for key in order)
+        if hashes and found != hashes:
+            raise SurgeryError(f"The documents of {name} changed between two models; run it again.")
+        hashes = found
+        scores[variant] = [[seed[key][1] for key in order] for seed in by_seed]
+    return hashes, scores
 
 
 def _variant_score(
@@ -149,8 +182,6 @@ def _filter(documents: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    import numpy as np
-
     return isinstance(value, bool | int | float | np.number | np.bool_)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ class TaskSettings:
     """How tasks are run; every field is an option of `compare` and `sweep`.
 
     Attributes:
-        tasks: names of lm-evaluation-harness, ours, or YAML files.
+        tasks: lm-eval task names, groups, YAML files or folders of these.
         data: a folder with local copies of the documents.
         limit: documents per task.
         batch_size: a number or "auto"; None: auto on a GPU, 8 on the CPU.
@@ -30,8 +30,8 @@ class TaskSettings:
         max_new_tokens: None for the paper's 512, and 128 for GSM8K.
         temperature: None for each task's own; 0 is greedy.
         chat_template: None for "where the tokenizer has one".
-        thinking: the template's `enable_thinking`.
-        backend: what runs the models.
+        thinking: whether the template lets the model think; its thoughts are not scored.
+        backend: what runs the models, "hf" or "vllm".
     """
 
     tasks: tuple[str, ...] = option(
@@ -88,12 +88,21 @@ class TaskSettings:
             )
 
 
-def task_settings(tasks: Sequence[str], options: Mapping[str, Any]) -> TaskSettings | None:
-    """What a user asked for, None without tasks; raises where the harness is missing."""
-    if not tasks:
+def task_settings(given: Mapping[str, Any]) -> TaskSettings | None:
+    """What a user asked for; None without tasks.
+
+    Args:
+        given: the local variables of a function that spells the settings out, among others.
+
+    Raises:
+        SurgeryError: where the harness is missing.
+        BadSettings: for values that make no sense.
+    """
+    if not given["tasks"]:
         return None
     require_harness()
-    return TaskSettings(tasks=tuple(tasks), **options)
+    options = {known.name: given[known.name] for known in fields(TaskSettings)}
+    return TaskSettings(**{**options, "tasks": tuple(given["tasks"])})
 
 
 def require_harness() -> None:

@@ -9,61 +9,65 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import (
-    AbstractContextManager,
-    nullcontext,
-)
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from surgery.files.checkpoint import Checkpoint
-from surgery.measure.task_host import make_host
+from surgery.measure.edited import BASE, EDITED, Edited, references_of
+from surgery.measure.task_host import Host
 from surgery.measure.task_loading import LoadedTasks, load_tasks
 from surgery.measure.task_scores import Run, TaskRow, score_rows
 from surgery.measure.task_settings import TaskSettings
-from surgery.method.mask import Mask
 from surgery.patient.patient import Patient
 from surgery.reporter import SILENT
 
+if TYPE_CHECKING:
+    from surgery.measure.logits import Context
+
+logger = logging.getLogger(__name__)
+
 
 def run_tasks(
-    loaded: LoadedTasks,
-    patient: Patient,
-    references: Mapping[str, Mask],
-    edited: Sequence[tuple[str, Checkpoint]],
-    notes: list[str],
+    loaded: LoadedTasks, base: Patient, edited: Sequence[Edited], notes: list[str]
 ) -> tuple[tuple[TaskRow, ...], dict[str, Any]]:
     """All tasks on base, references and edited checkpoints, one model in memory at a time.
 
-    Returns the rows and the configuration that all models ran under. Under `accelerate launch`
-    only the first process gets rows.
+    Args:
+        loaded: the tasks.
+        base: what the others are compared with; its model is released.
+        edited: of the same architecture and tokenizer.
+        notes: of what the results' reader should know; more are put there.
+
+    Returns:
+        The rows and the configuration that all models ran under. Under `accelerate launch` only
+        the first process gets rows.
     """
     from surgery.models.masking import wemask  # imports torch
 
-    options = loaded.settings
-    host, recorded = make_host(loaded, patient, patient.reporter)
+    host = Host(loaded, base, base.reporter)
     runs: dict[str, Run] = {}
-    with host.model(patient.checkpoint, notes) as lm:
-        runs["base"] = host.run("base", lm, nullcontext)
-        for name, mask in references.items():
-            if options.backend == "vllm":
+    with host.model(base, notes) as lm:
+        runs[BASE] = host.run(BASE, lm, nullcontext)
+        for name, mask in references_of(edited).items():
+            if loaded.settings.backend == "vllm":
                 notes.append("vLLM takes no hooks, so the reference did not run the tasks.")
                 break
-            hooks = partial(wemask, lm.model, mask, anatomy=patient.anatomy)
+            hooks = partial(wemask, lm.model, mask, anatomy=base.anatomy)
             runs[name] = host.run(name, lm, hooks)
-    patient.release()
-    for name, checkpoint in edited:
+            del hooks  # which holds the model
+    base.release()
+    for other in edited:
         lm = None  # one model at a time
-        with host.model(checkpoint, notes) as lm:
-            runs[name] = host.run(name, lm, nullcontext)
+        with host.model(other.patient, notes) as lm:
+            runs[other.name] = host.run(other.name, lm, nullcontext)
     if any(run.samples == {} for run in runs.values()):
-        return (), recorded
-    rows = tuple(
-        row for name, leaves in loaded.rows for row in score_rows(name, leaves, loaded, runs)
-    )
+        return (), host.recorded
+    rows = tuple(_rows(loaded, runs))
+    logger.info("%d rows of scores on %d models", len(rows), len(runs))
     deterministic = sorted({row.task for row in rows if row.deterministic})
-    if deterministic and len(options.seeds) > 1:
+    if deterministic and len(loaded.settings.seeds) > 1:
         notes.append(
             f"Seeds change nothing in {', '.join(deterministic)} (no sampling), so these ran once "
             "and have no deviation over seeds."
@@ -74,27 +78,33 @@ def run_tasks(
             f"{compared} differences were tested at 95 % each: about {compared * 0.05:.1g} would "
             "be called better or worse by chance alone."
         )
-    return rows, recorded
+    return rows, host.recorded
+
+
+def _rows(loaded: LoadedTasks, runs: Mapping[str, Run]) -> Iterator[TaskRow]:
+    for name, leaves in loaded.rows:
+        yield from score_rows(name, leaves, loaded, runs)
 
 
 class TaskScorer:
-    """Tasks on one loaded model: as it is, and under edits in memory."""
+    """Tasks on one loaded model: as it is, and under edits in memory.
+
+    Attributes:
+        configuration: that they run under.
+    """
 
     def __init__(self, options: TaskSettings, patient: Patient) -> None:
-        """Runs the tasks on the model as it is; every edit is compared with that."""
+        """Run the tasks on the model as it is; every edit is compared with that."""
         # Silently: this runs once for every point of a sweep.
         self._loaded, self._patient = load_tasks(options, SILENT), patient
-        self._host, self.configuration = make_host(self._loaded, patient, SILENT)
-        self._base = self._run("base", nullcontext)
+        self._host = Host(self._loaded, patient, SILENT)
+        self.configuration = self._host.recorded
+        self._base = self._run(BASE, nullcontext)
 
-    def score(self, context: Callable[[], AbstractContextManager[Any]]) -> tuple[TaskRow, ...]:
+    def score(self, context: Context) -> tuple[TaskRow, ...]:
         """Rows of "base" and "edited", which is the model within the context."""
-        runs = {"base": self._base, "edited": self._run("edited", context)}
-        return tuple(
-            row
-            for name, leaves in self._loaded.rows
-            for row in score_rows(name, leaves, self._loaded, runs)
-        )
+        runs = {BASE: self._base, EDITED: self._run(EDITED, context)}
+        return tuple(_rows(self._loaded, runs))
 
     @property
     def documents(self) -> str:
@@ -105,6 +115,6 @@ class TaskScorer:
         }
         return hashlib.sha256(json.dumps(found).encode()).hexdigest()
 
-    def _run(self, name: str, context: Callable[[], AbstractContextManager[Any]]) -> Run:
-        with self._host.model(self._patient.checkpoint, []) as lm:
+    def _run(self, name: str, context: Context) -> Run:
+        with self._host.model(self._patient, []) as lm:
             return self._host.run(name, lm, context)

@@ -6,7 +6,6 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.files.staging import remove_stale
 from surgery.measure.quality import Quality
 from surgery.method.locate import Emergence
 from surgery.method.mask import Mask
@@ -62,10 +61,6 @@ def carry_out(
     Raises:
         SurgeryError: says what is wrong; then nothing has been written.
     """
-    if not dry_run:
-        # Before the plan looks at the output and at the free space. What an earlier run was killed
-        # in the middle of putting there, this one may replace.
-        overwrite |= remove_stale(target)
     plan = kind.plan(operation, target, overwrite=overwrite)
     operation.patient.reporter.show(plan)
     mask, emergence = operation.mask, operation.emergence

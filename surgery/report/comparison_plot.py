@@ -12,7 +12,7 @@ import numpy as np
 from surgery.outputs.figure import drawing, legend, style
 
 if TYPE_CHECKING:
-    from surgery.jobs.compare import Comparison
+    from surgery.outputs.comparison import Comparison
 
 # Intervals over few documents can be unbounded; the axis ends here.
 _REACH = 1.5

@@ -263,7 +263,9 @@ def test_knockouts(planted):
 def test_attention(planted, by_hand):
     model, _, _ = by_hand
     found = planted.evidence.attention
-    prompts = [trace.prompt.tokens[: attention.ATTENTION_TOKENS] for trace in planted.evidence.traces]
+    prompts = [
+        trace.prompt.tokens[: attention.ATTENTION_TOKENS] for trace in planted.evidence.traces
+    ]
     model.set_attn_implementation("eager")
     total = np.zeros((8, 4))
     for tokens in prompts:
