@@ -524,6 +524,28 @@ def until(condition: Callable[[], Any], seconds: float = 300) -> Any:
     raise AssertionError("this took too long")
 
 
+def test_a_study_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
+    """It had every point wait as a trial from the start."""
+    database = f"sqlite:///{tmp_path / 'study.db'}"
+    study = optuna.create_study(study_name="s", storage=database)
+    distribution = optuna.distributions.CategoricalDistribution((0, 1, 2))
+    states = optuna.trial.TrialState
+    for rate, state in enumerate((states.COMPLETE, states.RUNNING, states.WAITING)):
+        study.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                value=0.0 if state == states.COMPLETE else None,
+                params={"rate": rate},
+                distributions={"rate": distribution},
+                user_attrs={"index": rate, "figures": {"by": "earlier"}},
+            )
+        )
+    shared = open_shared(tmp_path, 3)
+    while not (progress := shared.look()).finished:
+        shared.work(progress, lambda point: Ended(point, 1.0, {"by": "this"}), {})
+    assert [(end.figures or {})["by"] for end in shared.look().ended] == ["earlier", "this", "this"]
+
+
 @pytest.mark.full
 def test_resume_after_a_kill(model: str, tmp_path: Path, impatient: None) -> None:
     url = f"sqlite:///{tmp_path / 'out' / 'study.db'}"
