@@ -56,7 +56,8 @@ class SlowGuard:
     """Durations of all tests, in the process that reports them.
 
     seconds: of each test, by its node id. slow: those over the limit, with their factors.
-    factor: the largest one that any process measured.
+    factor: the largest one that any process measured. waited: seconds spent on what is made for
+    all workers, those spent waiting for another worker to make it included.
     """
 
     def __init__(self, *, fails: bool) -> None:
@@ -65,6 +66,7 @@ class SlowGuard:
         self.seconds: dict[str, float] = defaultdict(float)
         self.slow: dict[str, float] = {}
         self.factor = 1.0
+        self.waited = 0.0
         self._here: float | None = None
 
     @pytest.hookimpl(tryfirst=True)
@@ -93,6 +95,7 @@ class SlowGuard:
         """Where the reports come together."""
         found = dict(report.user_properties)
         self.seconds[report.nodeid] += report.duration - found.get(_WAITED, 0.0)
+        self.waited += found.get(_WAITED, 0.0)
         if _FACTOR in found:
             self.factor = max(self.factor, found[_FACTOR])
             seconds = self.seconds[report.nodeid]
@@ -116,6 +119,7 @@ class SlowGuard:
         for name, each in slowest:
             cases = f" ({len(each)} cases, longest {max(each):.1f} s)" if len(each) > 1 else ""
             terminalreporter.line(f"{sum(each):6.1f} s  {name}{cases}")
+        terminalreporter.line(f"{self.waited:6.1f} s  on what is made for all workers")
         terminalreporter.line(
             f"limit for one test: {LIMIT:.0f} s × {self.factor:.1f}, the speed of this machine"
         )

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -472,28 +473,38 @@ def test_tasks_run_on_every_model(tasked: comparison.Comparison) -> None:
 @needs_demo
 @needs_harness
 @needs_data
+@pytest.mark.parametrize("in_a_process", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_scores_are_the_harness_s_own(
+    in_a_process: bool,
+    python: Any,
     cut: tuple[Path, Path],
     tasked: comparison.Comparison,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
     """The same numbers as lm-evaluation-harness's own command line on the written checkpoint."""
+    import lm_eval.tasks
     from lm_eval.__main__ import cli_evaluate
 
     from surgery.files.resources import resource_folder
 
     words = (
-        "lm_eval", "run", "--model", "hf",
+        "run", "--model", "hf",
         "--model_args", f"pretrained={cut[1]},dtype=float32,enable_thinking=False",
         "--include_path", resource_folder("recipes") / "tasks",
         "--metadata", json.dumps({"data": str(SHARED)}),
         "--tasks", "wemask_piqa", "--limit", 4, "--batch_size", 4, "--device", "cpu",
         "--seed", "0,0,0,0", "--apply_chat_template", "--output_path", tmp_path,
     )  # fmt: skip
-    monkeypatch.setattr("sys.argv", [str(word) for word in words])
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which it sets for good
-    cli_evaluate()
+    if in_a_process:
+        python("-m", "lm_eval", *words).ok()
+    else:
+        monkeypatch.setattr("sys.argv", ["lm_eval", *(str(word) for word in words)])
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")  # which it sets for good
+        # Without reading the thousands of tasks that it comes with.
+        few = partial(lm_eval.tasks.TaskManager, include_defaults=False)
+        monkeypatch.setattr(lm_eval.tasks, "TaskManager", few)
+        cli_evaluate()
     written = json.loads(next(tmp_path.rglob("results_*.json")).read_text(encoding="utf-8"))
     theirs = written["results"]["wemask_piqa"]
     for row in tasked.tasks:

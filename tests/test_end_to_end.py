@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from cut import LAYER
 from script import run_script
-from shared import THREADS, Run
+from shared import THREADS, Run, made_once
 
 import surgery
 from surgery.files.checkpoint import Checkpoint
@@ -23,7 +24,7 @@ from surgery.folds import calibrate, editing
 from surgery.folds.registry import make_edits
 from surgery.measure import quality
 from surgery.method.mask import Mask, largest, mask_size, target_layers
-from surgery.models import reference
+from surgery.models import masking
 from surgery.models.anatomy import describe, effective_gain
 from surgery.models.observe import sink_magnitudes
 from surgery.outputs.manifest import read_manifest
@@ -75,14 +76,39 @@ def subject(demo_folder: Path) -> Patient:
 
 
 @pytest.fixture(scope="module")
-def typed(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+def typed(demo_folder: Path, for_all_workers: Path) -> tuple[str, Path]:
     """`surgery convert demo` as typed: what it says, and the folder that it makes."""
-    here = tmp_path_factory.mktemp("typed")
-    words = ["convert", "demo", "--rate", "0.1", "--scope", "first", "--check-tokens", "1024"]
-    done = run_script(*words, cwd=here)
-    assert done.returncode == 0, done.stderr
+
+    def make(here: Path) -> None:
+        words = ["convert", "demo", "--rate", "0.1", "--scope", "first", "--check-tokens", "1024"]
+        done = run_script(*words, cwd=here)
+        assert done.returncode == 0, done.stderr
+        (here / "said.txt").write_text(done.stdout)
+
+    here = made_once(for_all_workers / "typed", make)
     (output,) = here.glob("SmolLM2-135M-Instruct-wemask-*")
-    return done.stdout, output
+    return (here / "said.txt").read_text(), output
+
+
+@pytest.fixture(scope="module")
+def converted(typed: tuple[str, Path], for_all_workers: Path) -> Callable[[str, str], Path]:
+    """`converted(fold, scope)`: the whole demo model, converted. Not to be changed."""
+
+    def make(fold: str, scope: str) -> Path:
+        if (fold, scope) == ("norm", "first"):
+            return typed[1]
+        made = made_once(
+            for_all_workers / f"demo-{fold}-{scope}",
+            lambda folder: surgery.convert(
+                "demo",
+                output=folder / "out",
+                force=(scope == "all" and fold != "sink"),
+                **options_of(fold, scope),
+            ),
+        )
+        return made / "out"
+
+    return make
 
 
 def windows(subject: Patient, name: str, count: int) -> list[list[int]]:
@@ -131,7 +157,7 @@ def test_figures_of_the_method(subject: Patient, scope: str, select: str) -> Non
         targets[0],
         {
             "base": nullcontext,
-            "reference": lambda: reference.masked(model, anatomy, mask),
+            "reference": lambda: masking.masked(model, anatomy, mask),
             "norm": weights["norm"].active,
             "sink": weights["sink"].active,
         },
@@ -228,17 +254,18 @@ SIX = [
 @needs_wikitext
 @pytest.mark.parametrize(("fold", "scope"), SIX)
 def test_six_conversions(
-    subject: Patient, typed: tuple[str, Path], tmp_path: Path, fold: str, scope: str
+    subject: Patient,
+    converted: Callable[[str, str], Path],
+    tmp_path: Path,
+    fold: str,
+    scope: str,
 ) -> None:
     """Each fold and scope through the public function, loaded by stock transformers.
 
     The default one through the command, which also finds the layer.
     """
     ruinous = scope == "all" and fold != "sink"
-    output = typed[1]
-    if (fold, scope) != ("norm", "first"):
-        output = tmp_path / "out"
-        surgery.convert("demo", output=output, force=ruinous, **options_of(fold, scope))
+    output = converted(fold, scope)
     text = windows(subject, "wikitext2_test.txt", 12)
     (seen,) = stock([output], text, tmp_path)
     _, zeroed, sink = TABLE[scope, "weight"]
@@ -270,7 +297,14 @@ def check_conversion(base: Checkpoint, output: Path, fold: str, scope: str, laye
         assert (output / name).read_bytes() == (base.folder / name).read_bytes()
 
 
-@pytest.mark.parametrize(("fold", "scope"), FOLDS)
+# By default each fold once, in a scope that is not tried on the whole model.
+ALSO_ELSEWHERE = {("norm", "first"), ("qkv", "all"), ("sink", "all")}
+
+
+@pytest.mark.parametrize(
+    ("fold", "scope"),
+    [pytest.param(*one, marks=pytest.mark.full if one in ALSO_ELSEWHERE else ()) for one in FOLDS],
+)
 def test_six_conversions_of_six_layers(
     six_layers: Path, tmp_path: Path, fold: str, scope: str
 ) -> None:
@@ -330,12 +364,19 @@ def test_the_older_transformers(
     assert old["perplexity"] == pytest.approx(new["perplexity"], rel=1e-4)
 
 
-def test_no_emergence_layer_is_1_2_or_28(subject: Patient) -> None:
-    found = surgery.analyze("demo").emergence
-    assert found.layer == EMERGENCE
-    assert found.counts == {EMERGENCE: len(found.votes)}
-    assert found.magnification > 100 > 10 * found.runner_up
-    assert {vote.position for vote in found.votes} == {0}
-    lengths = sorted(vote.tokens for vote in found.votes)
+def test_no_emergence_layer_is_1_2_or_28(typed: tuple[str, Path]) -> None:
+    """What the command found, by its manifest."""
+    found = json.loads((typed[1] / "surgery.json").read_text())["emergence"]
+    assert found["layer"] == EMERGENCE
+    assert {vote["layer"] for vote in found["votes"]} == {EMERGENCE}
+    assert found["magnification"] > 100 > 10 * found["runner_up"]
+    assert {vote["position"] for vote in found["votes"]} == {0}
+    lengths = sorted(vote["tokens"] for vote in found["votes"])
     assert lengths[0] <= 16
     assert lengths[-1] > 1000
+
+
+@pytest.mark.full
+def test_analyze_finds_what_convert_finds(typed: tuple[str, Path]) -> None:
+    found = json.loads((typed[1] / "surgery.json").read_text())["emergence"]
+    assert json.loads(json.dumps(surgery.analyze("demo").emergence.as_dict())) == found

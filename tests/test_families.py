@@ -20,7 +20,7 @@ from surgery.folds.base import Leak
 from surgery.folds.calibrate import sink_directions
 from surgery.folds.editing import edited
 from surgery.folds.edits import SinkDirection
-from surgery.folds.registry import make_edits
+from surgery.folds.registry import FOLDS, make_edits
 from surgery.method.mask import Mask, largest
 from surgery.models import families
 from surgery.models.anatomy import Anatomy, describe, effective_gain
@@ -219,11 +219,11 @@ def test_sink_directions(family: str, patients: Callable[[str], Patient]) -> Non
 def test_norm_is_refused_by_trace_too(family: str, patients: Callable[[str], Patient]) -> None:
     traced = trace(patients(family).checkpoint)
     with pytest.raises(Unsupported) as refused:
-        traced.require("norm")
+        FOLDS["norm"].require(traced)
     assert "mlp reads the same norm" in str(refused.value)
     assert "--fold qkv" in str(refused.value)
-    traced.require("qkv")
-    traced.require("sink")
+    FOLDS["qkv"].require(traced)
+    FOLDS["sink"].require(traced)
 
 
 def test_post_norm_models_are_refused(

@@ -166,8 +166,8 @@ def test_shipped_recipes_are_planned(
     assert list(fold["dimensions"]) == (["3", "4", "5"] if name == "sft_instruction" else ["3"])
 
 
-# One recipe per method, and the gates. One of them trains what `--smoke` trains, the cut of the demo
-# model; the others a tiny model with the same layers. In a full run all recipes train the cut.
+# One recipe per method, and the gates. One of them trains what `--smoke` trains, the cut of the
+# demo model; the others a tiny model of as many layers. In a full run all recipes train the cut.
 OFTEN = {
     "sft_math": "demo",
     "dpo_safety": "tiny",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shared import rest_in_full
 
 import surgery
 from surgery.method import evidence
@@ -308,7 +309,9 @@ def test_without_emergence_the_report_is_written_and_the_exit_code_says_so(run, 
     assert not (tmp_path / "report" / "knockouts.png").exists()
 
 
-@pytest.mark.parametrize("family", ["mixtral", "cohere", "gpt2", "gemma2"])
+@pytest.mark.parametrize(
+    "family", rest_in_full(["mixtral", "cohere", "gpt2", "gemma2"], ["mixtral", "gpt2"])
+)
 def test_other_families(family, run, tiny, tmp_path):
     run("analyze", tiny(family), "--report", tmp_path / "report", "--quiet").ok()
     page = Page((tmp_path / "report" / "index.html").read_text(encoding="utf-8"))

@@ -41,19 +41,18 @@ def test_equals_the_full_forward_pass(family: str, tiny: Tiny) -> None:
     streamed = stream.LayerStream(checkpoint, anatomy).run(prompts, lambda _norms: False)
     for one, other in zip(full, streamed, strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-3)
-    found = stream.stream_emergence(checkpoint, anatomy, prompts)
+    found = stream.LayerStream(checkpoint, anatomy).locate(prompts)
     assert found.emergence.layer == agree(full).layer == PLANTED
     assert found.layers_run == PLANTED + 1 + stream.PATIENCE
     assert found.bytes_read < 0.85 * found.bytes_total
-    assert (
-        stream.stream_emergence(checkpoint, anatomy, prompts, all_layers=True).layers_run == LAYERS
-    )
+    whole = stream.LayerStream(checkpoint, anatomy).locate(prompts, all_layers=True)
+    assert whole.layers_run == LAYERS
 
 
 def test_bfloat16_finds_the_same_layer(tiny: Tiny) -> None:
     checkpoint, anatomy, prompts = prepared("llama", tiny)
-    found = stream.stream_emergence(checkpoint, anatomy, prompts, dtype="bfloat16")
-    exact = stream.stream_emergence(checkpoint, anatomy, prompts)
+    found = stream.LayerStream(checkpoint, anatomy, dtype="bfloat16").locate(prompts)
+    exact = stream.LayerStream(checkpoint, anatomy).locate(prompts)
     assert found.emergence.layer == exact.emergence.layer == PLANTED
     assert found.emergence.magnification == pytest.approx(exact.emergence.magnification, rel=0.05)
 
@@ -108,7 +107,7 @@ def test_on_the_hub_without_downloading(
         assert server.bytes_sent - sent < 100_000
 
 
-@pytest.mark.parametrize("family", ["gemma2", "mixtral"])
+@pytest.mark.parametrize("family", rest_in_full(["gemma2", "mixtral"], ["mixtral"]))
 def test_evidence_without_the_whole_model(
     family: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:

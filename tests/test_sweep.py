@@ -111,22 +111,26 @@ def test_figures_are_those_of_the_gate(
         assert tuple(figures["target_layers"]) == targets
 
 
+@pytest.mark.parametrize(
+    "rates", [(0.3,), pytest.param((0.1, 0.3), marks=pytest.mark.full)], ids=["one", "two"]
+)
 def test_memory_changes_no_figure(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: tuple[float, ...]
 ) -> None:
     """What is kept in memory, and what is computed again where there is no room, are the same."""
     monkeypatch.setattr("surgery.measure.logits.LOGITS_BUDGET", 200_000)  # several batches
 
     def figures(room: int) -> dict[Any, dict[str, Any]]:
         monkeypatch.setattr(scoring, "KEPT_NUMBERS", room)
-        found = surgery.sweep(model, output=tmp_path / str(room), scopes=("first",), **FEW)
+        options = {**FEW, "rates": rates, "scopes": ("first",)}
+        found = surgery.sweep(model, output=tmp_path / str(room), **options)
         return {
             row.point: {**(row.figures or {}), "seconds": 0, "target_layers": None}
             for row in found.rows
         }
 
     kept = figures(scoring.KEPT_NUMBERS)
-    assert len(kept) == 12
+    assert len(kept) == 6 * len(rates)
     assert figures(0) == kept
 
 
@@ -191,7 +195,7 @@ def test_json_files_and_conversion(model: str, tmp_path: Path, run) -> None:
     assert ended_trials(tmp_path / "out") == before
     assert again["converted"] == str(tmp_path / "best")
     settings = surgery.read_manifest(tmp_path / "best").settings
-    assert {name: settings[name] for name in ("rate", "scope", "fold", "select")} == {
+    assert {name: getattr(settings, name) for name in ("rate", "scope", "fold", "select")} == {
         name: made["points"][0][name] for name in ("rate", "scope", "fold", "select")
     }
     line = made["best"].split()
@@ -294,17 +298,18 @@ def test_other_settings_are_refused(tiny, model: str, tmp_path: Path, run) -> No
     assert ended_trials(tmp_path / "out") == before
 
 
-def test_search(model: str, tmp_path: Path) -> None:
-    options = {**QUICK, "layer": 2, "trials": 6, "rates": (0.05, 0.5), "seed": 3}
+@pytest.mark.parametrize("trials", [4, pytest.param(6, marks=pytest.mark.full)])
+def test_search(model: str, tmp_path: Path, trials: int) -> None:
+    options = {**QUICK, "layer": 2, "trials": trials, "rates": (0.05, 0.5), "seed": 3}
     found = surgery.sweep(model, output=tmp_path / "a", **options)
-    assert len(found.rows) == 6
+    assert len(found.rows) == trials
     assert all(0.05 <= row.point.rate <= 0.5 for row in found.rows)
     assert len({row.point.rate for row in found.rows}) > 2
     again = surgery.sweep(model, output=tmp_path / "b", **options)
     assert [row.point for row in again.rows] == [row.point for row in found.rows]
-    more = surgery.sweep(model, output=tmp_path / "a", **{**options, "trials": 8})
+    more = surgery.sweep(model, output=tmp_path / "a", **{**options, "trials": trials + 2})
     assert {row.point for row in found.rows} < {row.point for row in more.rows}
-    assert len(more.rows) == 8
+    assert len(more.rows) == trials + 2
 
 
 # --------------------------------------------------------------------------------------------

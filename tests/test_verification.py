@@ -35,7 +35,7 @@ from surgery.outputs.checks import (
     verify_structure,
     verify_untouched,
 )
-from surgery.outputs.manifest import FileRecord
+from surgery.outputs.records import FileRecord
 from surgery.patient.patient import Loading
 
 Tiny = Callable[..., Path]

@@ -27,7 +27,7 @@ from surgery.method.locate import STANDS_OUT
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy
 from surgery.models.discovery import backbone, decoder_layers
-from surgery.models.observe import attention_input, hooked, pad, residual
+from surgery.models.observe import device_of, hooked, pad, reading, reading_attention, residual
 
 if TYPE_CHECKING:
     from surgery.patient.patient import Patient
@@ -79,34 +79,28 @@ def sink_directions(
     detector for an ordinary token would answer to all others too.
     """
     ids, real = pad(sequences)
-    device = next(model.parameters()).device
+    device = device_of(model)
     state = _Pass(real.bool(), None, {}, {})
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-    layers = decoder_layers(model, anatomy)
 
-    def classify(_module: Any, args: tuple, kwargs: dict) -> None:
-        states = args[0] if args else kwargs["hidden_states"]
+    def classify(states: torch.Tensor) -> None:
         state.massive = massive_tokens(residual(states), state.real)
 
-    def at_layer(layer: int) -> Callable[[Any, tuple, dict], None]:
-        def hook(_module: Any, args: tuple, kwargs: dict) -> None:
-            _calibrate(state, mask, layer, attention_input(args, kwargs), ridge)
-            for edit in rank_one_edits(anatomy, mask, layer, state.directions[layer]):
-                parameter = model.get_parameter(edit.parameter)
-                saved.append((parameter, parameter.detach().clone()))
-                stored = checkpoint.read(edit.tensor)
-                dtype = checkpoint.tensors[edit.tensor].dtype
-                set_parameter(parameter, edit.apply(stored, dtype))
-            progress(1)
-            if layer == mask.layers[-1]:
-                raise _Done
+    def at_layer(layer: int, inputs: torch.Tensor) -> None:
+        _calibrate(state, mask, layer, inputs, ridge)
+        for edit in rank_one_edits(anatomy, mask, layer, state.directions[layer]):
+            parameter = model.get_parameter(edit.parameter)
+            saved.append((parameter, parameter.detach().clone()))
+            dtype = checkpoint.tensors[edit.tensor].dtype
+            set_parameter(parameter, edit.apply(checkpoint.read(edit.tensor), dtype))
+        progress(1)
+        if layer == mask.layers[-1]:
+            raise _Done
 
-        return hook
-
-    handles = [layers[mask.layers[0]].register_forward_pre_hook(classify, with_kwargs=True)]
-    for layer in mask.layers:
-        attention = model.get_submodule(anatomy.at(layer).attention)
-        handles.append(attention.register_forward_pre_hook(at_layer(layer), with_kwargs=True))
+    handles = [
+        reading(decoder_layers(model, anatomy)[mask.layers[0]], classify),
+        *reading_attention(model, anatomy, mask.layers, at_layer),
+    ]
     try:
         with hooked(handles), torch.inference_mode():
             backbone(model, anatomy)(
@@ -183,33 +177,27 @@ class LeakWatcher:
             yield
             return
         state: dict[str, torch.Tensor] = {}
-        layers = decoder_layers(self._model, self._anatomy)
 
         def begin(_module: Any, _args: tuple, kwargs: dict) -> None:
             state["real"] = kwargs["attention_mask"].bool().cpu()
 
-        def classify(_module: Any, args: tuple, kwargs: dict) -> None:
-            states = args[0] if args else kwargs["hidden_states"]
+        def classify(states: torch.Tensor) -> None:
             state["massive"] = stands_out(residual(states), state["real"])
 
-        def answer(layer: int) -> Callable[[Any, tuple, dict], None]:
-            def hook(_module: Any, args: tuple, kwargs: dict) -> None:
-                x = attention_input(args, kwargs).detach().double().cpu()
-                answers = x @ torch.from_numpy(self._sinks[layer].detector).double()
-                ordinary = state["real"] & ~state["massive"]
-                ordinary[:, 0] = False
-                self._ordinary[layer].append(answers[ordinary].numpy())
-                self._first[layer].append(answers[:, 0].numpy())
+        def answer(layer: int, inputs: torch.Tensor) -> None:
+            x = inputs.detach().double().cpu()
+            answers = x @ torch.from_numpy(self._sinks[layer].detector).double()
+            ordinary = state["real"] & ~state["massive"]
+            ordinary[:, 0] = False
+            self._ordinary[layer].append(answers[ordinary].numpy())
+            self._first[layer].append(answers[:, 0].numpy())
 
-            return hook
-
+        first = decoder_layers(self._model, self._anatomy)[min(self._sinks)]
         handles = [
             self._model.register_forward_pre_hook(begin, with_kwargs=True),
-            layers[min(self._sinks)].register_forward_pre_hook(classify, with_kwargs=True),
+            reading(first, classify),
+            *reading_attention(self._model, self._anatomy, list(self._sinks), answer),
         ]
-        for layer in self._sinks:
-            attention = self._model.get_submodule(self._anatomy.at(layer).attention)
-            handles.append(attention.register_forward_pre_hook(answer(layer), with_kwargs=True))
         with hooked(handles):
             yield
 

@@ -162,7 +162,7 @@ class Bias(_OfNorm):
     """A norm's bias, zero (times 1 - γ) in S."""
 
     kind = "bias"
-    null: ClassVar[float] = 0.0
+    null: float = field(default=0.0, init=False)
 
 
 @dataclass(frozen=True)

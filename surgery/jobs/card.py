@@ -11,7 +11,8 @@ from surgery.files.checkpoint import check_links
 from surgery.files.generated import CARD, FIGURE, MANIFEST
 from surgery.files.staging import write_whole
 from surgery.outputs.card import front_matter, render_card
-from surgery.outputs.manifest import FileRecord, read_manifest, write_manifest
+from surgery.outputs.manifest import read_manifest, write_manifest
+from surgery.outputs.records import FileRecord
 from surgery.outputs.results import results_for
 
 

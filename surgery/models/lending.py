@@ -51,23 +51,22 @@ class Lender:
         width: torch.dtype = getattr(torch, dtype)
         self._model = skeleton(checkpoint, trust_remote_code, dtype=width)
         self._stored = StoredParameters(checkpoint, self._model, width, self._device)
+        self._tokens = torch.empty(0, dtype=torch.long)  # those whose embedding rows are loaded
+        self._model.get_input_embeddings().register_forward_pre_hook(self._rows_of)
 
     @property
     def bytes_read(self) -> int:
         """Bytes of weight files read so far."""
         return self._stored.bytes_read
 
-    def prepare(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    def prepare(self, prompts: Sequence[Sequence[int]]) -> None:
         """Load all of the backbone that is not a decoder layer.
 
         Of the embedding, whose matrix is often the largest of all, only the rows of the tokens
         that occur are read.
-
-        Returns:
-            The prompts in the numbers of the loaded rows.
         """
         used = sorted({token for prompt in prompts for token in prompt})
-        place = {token: row for row, token in enumerate(used)}
+        self._tokens = torch.tensor(used, device=self._device)
         embedding: Any = self._model.get_input_embeddings()
         path = next(name for name, module in self._model.named_modules() if module is embedding)
         matrix = f"{path}.weight"
@@ -80,7 +79,10 @@ class Lender:
         for buffer in backbone(self._model, self._anatomy).buffers():
             buffer.data = buffer.data.to(self._device)
         logger.debug("%d embedding rows and what lies beside the layers are loaded", len(used))
-        return [[place[token] for token in prompt] for prompt in prompts]
+
+    def _rows_of(self, _module: Any, args: tuple) -> tuple:
+        """Token ids to the rows of the embedding that holds these tokens alone."""
+        return (torch.searchsorted(self._tokens, args[0]), *args[1:])
 
     def _lend(
         self,
@@ -117,7 +119,6 @@ class LentModel(Lender):
 
     def open(self, prompts: Sequence[Sequence[int]]) -> Any:
         """The model, for forward passes of its backbone over tokens that occur in `prompts`."""
-        self._model.get_input_embeddings().register_forward_pre_hook(_Places(prompts))
         with torch.inference_mode():
             self.prepare(prompts)
             for index, layer in enumerate(decoder_layers(self._model, self._anatomy)):
@@ -126,15 +127,3 @@ class LentModel(Lender):
                 layer.register_forward_pre_hook(lambda *_, path=path: self._lend(path, _is_matrix))
                 layer.register_forward_hook(lambda *_, path=path: self._take_back(path))
         return self._model
-
-
-class _Places:
-    """Token ids to the rows of an embedding that holds the prompts' tokens alone."""
-
-    def __init__(self, prompts: Sequence[Sequence[int]]) -> None:
-        used = sorted({token for prompt in prompts for token in prompt})
-        self._tokens = torch.tensor(used)
-
-    def __call__(self, _module: Any, args: tuple) -> tuple:
-        ids = args[0]
-        return (torch.searchsorted(self._tokens.to(ids.device), ids), *args[1:])

@@ -110,7 +110,8 @@ class LayerStream(Lender):
         """
         layers = decoder_layers(self._model, self._anatomy)
         with torch.inference_mode():
-            groups = list(_groups(self.prepare(prompts)))
+            self.prepare(prompts)
+            groups = list(_groups(prompts))
             states: list[torch.Tensor] = []
             calls = []
             for group in groups:
@@ -140,7 +141,7 @@ class LayerStream(Lender):
         return [torch.stack(rows).double().numpy() for rows in norms]
 
     def _calls(
-        self, layers: list[torch.nn.Module], prompts: list[list[int]]
+        self, layers: list[torch.nn.Module], prompts: Sequence[Sequence[int]]
     ) -> list[tuple[torch.Tensor, tuple, dict]]:
         """What the backbone calls each layer with, found by letting it call stand-ins.
 
@@ -166,7 +167,7 @@ class LayerStream(Lender):
     def _record(
         self,
         layers: list[torch.nn.Module],
-        prompts: list[list[int]],
+        prompts: Sequence[Sequence[int]],
         form: Callable[[torch.Tensor], Any],
     ) -> list[tuple[torch.Tensor, tuple, dict]]:
         ids, mask = pad(prompts)
@@ -196,10 +197,10 @@ def _is_pair(output: Any) -> bool:
     return isinstance(output, tuple) and len(output) > 1
 
 
-def _groups(prompts: list[list[int]]) -> Iterator[list[tuple[int, list[int]]]]:
+def _groups(prompts: Sequence[Sequence[int]]) -> Iterator[list[tuple[int, Sequence[int]]]]:
     """Prompts of similar length together, each with its place."""
     ordered = sorted(enumerate(prompts), key=lambda pair: len(pair[1]))
-    group: list[tuple[int, list[int]]] = []
+    group: list[tuple[int, Sequence[int]]] = []
     for pair in ordered:
         crowded = len(pair[1]) * (len(group) + 1) > _BATCH_TOKENS
         if group and (crowded or len(pair[1]) > _SIMILAR * len(group[0][1])):
@@ -212,7 +213,7 @@ def _groups(prompts: list[list[int]]) -> Iterator[list[tuple[int, list[int]]]]:
 
 def _keep(
     norms: list[list[torch.Tensor]],
-    groups: list[list[tuple[int, list[int]]]],
+    groups: list[list[tuple[int, Sequence[int]]]],
     states: list[torch.Tensor],
 ) -> None:
     for group, state in zip(groups, states, strict=True):

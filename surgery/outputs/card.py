@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from surgery.files import plain_yaml
 from surgery.files.generated import UNDO
 from surgery.files.resources import resource_folder
-from surgery.outputs.manifest import Manifest, QualityRecord
+from surgery.outputs.manifest import Manifest
+from surgery.outputs.records import QualityRecord
 from surgery.outputs.results import card_words, model_index
 from surgery.outputs.training_record import training_words
 from surgery.settings import Settings, spelled

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from surgery.errors import BadCheckpoint, SurgeryError, VerificationFailed
 from surgery.files.checkpoint import Checkpoint, Origin, check_links, open_checkpoint
@@ -14,7 +13,7 @@ from surgery.files.descriptors import read_at
 from surgery.files.digests import file_sha256
 from surgery.files.generated import GENERATED
 from surgery.folds.edits import Edit
-from surgery.outputs.manifest import FileRecord
+from surgery.outputs.records import CheckRecord, FileRecord, VerificationRecord
 from surgery.outputs.write import edited_blocks
 
 _STEP = 4 * 1024 * 1024
@@ -45,9 +44,13 @@ class Verification:
             if not check.passed:
                 raise VerificationFailed(f"verification failed: {check.name}: {check.detail}.")
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> VerificationRecord:
         """Plain data for JSON."""
-        return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
+        checks: list[CheckRecord] = [
+            {"name": check.name, "passed": check.passed, "detail": check.detail}
+            for check in self.checks
+        ]
+        return {"passed": self.passed, "checks": checks}
 
 
 def checked(name: str, test: Callable[[], str]) -> Check:

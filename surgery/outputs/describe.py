@@ -12,7 +12,8 @@ from surgery.files.digests import file_sha256
 from surgery.files.generated import CARD, FIGURE, MANIFEST
 from surgery.files.text import write_text
 from surgery.outputs.card import front_matter, render_card
-from surgery.outputs.manifest import FileRecord, Manifest, write_manifest
+from surgery.outputs.manifest import Manifest, write_manifest
+from surgery.outputs.records import FileRecord
 
 
 @dataclass(frozen=True)

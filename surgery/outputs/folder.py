@@ -27,7 +27,7 @@ from surgery.outputs.checks import (
 )
 from surgery.outputs.describe import FileComparison, compare_files, describe
 from surgery.outputs.figure import plot_layers
-from surgery.outputs.manifest import FileRecord, Manifest
+from surgery.outputs.manifest import Manifest
 from surgery.outputs.operation import Operation
 from surgery.outputs.plan import (
     Plan,
@@ -37,6 +37,7 @@ from surgery.outputs.plan import (
     edits_by_file,
     make_plan,
 )
+from surgery.outputs.records import FileRecord
 from surgery.outputs.review import Review
 from surgery.outputs.undo import UndoFile, needs_file, undo_size, unpack_file, write_undo
 from surgery.outputs.write import copy_plan, staging

@@ -28,8 +28,9 @@ from surgery.models.anatomy import effective_gain
 from surgery.outputs.checks import Check, checked
 from surgery.outputs.gguf_container import read_embedded, targets_of
 from surgery.outputs.gguf_names import MANIFEST_KEY, base_model, gguf_name
-from surgery.outputs.manifest import FileRecord, Manifest, manifest_text
+from surgery.outputs.manifest import Manifest, manifest_text
 from surgery.outputs.plan import Plan
+from surgery.outputs.records import FileRecord
 from surgery.patient.patient import Patient
 
 _COUNT_KEY = "general.base_model.count"

@@ -24,9 +24,10 @@ from surgery.outputs.checks import Verification, checked
 from surgery.outputs.describe import describe, hashed
 from surgery.outputs.figure import plot_layers
 from surgery.outputs.hub import Pushed, in_one_sentence, stale_files
-from surgery.outputs.manifest import FileRecord, Manifest
+from surgery.outputs.manifest import Manifest
 from surgery.outputs.operation import Operation
 from surgery.outputs.plan import RemoteFile, RemotePlan, edits_by_file
+from surgery.outputs.records import FileRecord
 from surgery.outputs.write import edited_blocks
 from surgery.patient.hub import hub_words
 from surgery.patient.quantised import method_of

@@ -11,8 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from typing_extensions import TypedDict
-
 from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.files.checkpoint import Checkpoint, Origin
 from surgery.files.generated import GENERATED, MANIFEST
@@ -22,6 +20,14 @@ from surgery.folds.base import Calibration, Leak
 from surgery.folds.edits import EDITS, Edit, SinkDirection, pack, unpack
 from surgery.method.mask import Mask, check_strength
 from surgery.models.loading import AutoClass
+from surgery.outputs.records import (
+    EditRecord,
+    EmergenceRecord,
+    FileRecord,
+    QualityRecord,
+    SinkRecord,
+    VerificationRecord,
+)
 from surgery.outputs.results import check_results
 from surgery.outputs.training_record import TrainingRecord, check_training
 from surgery.outputs.undo import unpack_file
@@ -30,94 +36,6 @@ from surgery.settings import Settings
 SCHEMA = 1
 # Settings that every manifest has had from the beginning.
 _REQUIRED = ("model", "rate", "scope", "fold", "select")
-
-
-@dataclass(frozen=True)
-class EditRecord:
-    """One edited tensor.
-
-    Attributes:
-        tensor: its name.
-        file: where it lies.
-        layer: the target layer, from 0.
-        kind: a key of `surgery.folds.edits.EDITS`.
-        axis: of a linear's weight, the axis that runs over its input.
-        null: of a norm's gain, the stored value that multiplies by zero.
-        original: base64 of the source's bytes, for gains and biases.
-    """
-
-    tensor: str
-    file: str
-    layer: int
-    kind: str
-    axis: int = 1
-    null: float = 0.0
-    original: str | None = None
-
-
-@dataclass(frozen=True)
-class SinkRecord:
-    """A sink direction: base64 of little-endian float32 vectors, and its leak."""
-
-    center: str
-    detector: str
-    leak: dict[str, int | float]
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One file of the checkpoint; source_sha256 differs where it was edited."""
-
-    name: str
-    size: int
-    sha256: str
-    source_sha256: str | None = None
-
-
-# What was measured is kept as data, with keys that readers may rely on and others beside them.
-class EmergenceRecord(TypedDict):
-    """An `Emergence` as data."""
-
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
-    layer: int | None
-    magnification: float | None
-    found_by: str
-    rows: list[dict[str, Any]]
-
-
-class VariantRecord(TypedDict):
-    """A `Measured` as data."""
-
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
-    name: str
-    perplexity: float
-    against_base: float
-    kl_from_reference: float | None
-    kl_from_base: float | None
-
-
-class QualityRecord(TypedDict):
-    """A `Quality` as data; also forced (bool) and leak_text (str)."""
-
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
-    variants: list[VariantRecord]
-    tokens: int
-    sequences: int
-
-
-class CheckRecord(TypedDict):
-    """A `Check` as data."""
-
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
-    name: str
-    passed: bool
-
-
-class VerificationRecord(TypedDict):
-    """A `Verification` as data."""
-
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
-    checks: list[CheckRecord]
 
 
 @dataclass(frozen=True)

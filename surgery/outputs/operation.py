@@ -12,7 +12,6 @@ from surgery.method.mask import Mask, attention_targets
 from surgery.models.loading import auto_class_name
 from surgery.outputs.manifest import (
     Manifest,
-    QualityRecord,
     clean_numbers,
     records,
     sink_records,
@@ -20,6 +19,7 @@ from surgery.outputs.manifest import (
     versions,
 )
 from surgery.outputs.plan import Plan, RemotePlan
+from surgery.outputs.records import QualityRecord
 from surgery.outputs.undo import replaced_files
 from surgery.patient.locating import choose_mask, find_emergence, given_emergence
 from surgery.patient.patient import Patient

@@ -23,7 +23,7 @@ from surgery.outputs.card import front_matter, render_card
 from surgery.outputs.checks import Check, Verification
 from surgery.outputs.describe import hashed
 from surgery.outputs.manifest import read_manifest, write_manifest
-from surgery.outputs.training_record import training_words
+from surgery.outputs.training_record import TrainingRecord, training_words
 from surgery.patient.patient import Patient
 from surgery.training.lora import LowRank
 
@@ -133,7 +133,7 @@ def stands_alone(adapter: Path, record: Mapping[str, Any], base: Checkpoint) -> 
 
 def add_training(
     folder: Path,
-    record: Mapping[str, Any],
+    record: TrainingRecord,
     checks: Sequence[Check],
     figure: Path | None,
     base: Checkpoint,
@@ -146,7 +146,7 @@ def add_training(
         manifest = read_manifest(folder)
         manifest = replace(
             manifest,
-            training=dict(record),
+            training=record,
             verification=Verification(tuple(checks)).as_dict(),
         )
         card = render_card(manifest, metadata, figure=(folder / FIGURE).is_file())

@@ -26,7 +26,6 @@ from crash_points import (
     interrupt,
     kill,
     left_beside,
-    points,
     run_until,
 )
 
@@ -115,10 +114,14 @@ def weights(found: dict[str, dict[str, bytes | None]]) -> dict[str, Any]:
     }
 
 
-def steps(training: Training, sampled: bool) -> range:
+def steps(total: int, sampled: bool) -> list[int]:
+    """The steps to try, the first and the last among them."""
+    return sorted({*range(1, total + 1, total // SAMPLE if sampled else 1), total})
+
+
+def merging_steps(training: Training, sampled: bool) -> list[int]:
     training.reset()
-    total = count(training.merge)
-    return range(1, total + 1, total // SAMPLE if sampled else 1)
+    return steps(count(training.merge), sampled)
 
 
 amounts = pytest.mark.parametrize(
@@ -135,7 +138,7 @@ def test_killed_at_every_step(training: Training, snapshot: Snapshot, sampled: b
     whole, tree = products(training, snapshot), snapshot(training.output)
     assert sorted(whole) == sorted(PRODUCTS)
     seen = set()
-    for at in steps(training, sampled):
+    for at in merging_steps(training, sampled):
         training.reset()
         assert run_until(training.merge, at, kill) == KILLED
         present = products(training, snapshot)
@@ -166,7 +169,7 @@ def test_failing_at_every_step(
     assert in_child(training.merge) == 0
     whole = products(training, snapshot)
     failed = 0
-    for at in steps(training, sampled):
+    for at in merging_steps(training, sampled):
         training.reset()
         code = run_until(merge, at, action)
         assert code in (0, 1, 2, 7, 130), at
@@ -204,10 +207,8 @@ def test_a_training_is_begun_or_not(
     new = snapshot(output)
     assert set(new) == {"training", "training/recipe.json"}
     seen = set()
-    every = list(points(begin, reset))
-    # The last one too, before which all is in place.
-    sample = sorted({*every[:: max(1, len(every) // SAMPLE)], every[-1]})
-    for at in sample if sampled else every:
+    reset()
+    for at in steps(count(begin), sampled):
         reset()
         assert run_until(begin, at, kill) == KILLED
         now = snapshot(output)
