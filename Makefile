@@ -35,7 +35,7 @@ test-runtimes: $(VENV)/ready-runtimes
 # Checkpoints that quantisation packages write here, on the CPU; gptqmodel compiles (a C++ compiler).
 test-packages: $(VENV)/ready-test
 	$(PIP) --no-deps --upgrade --target $(WRITERS) $(QUANTISERS)
-	PYTHONPATH=$(WRITERS) $(BIN)/python -m pytest -m packages tests/test_quantised.py
+	PYTHONPATH=$(WRITERS) $(BIN)/python -m pytest -m packages tests/patient/test_quantised.py
 
 # Commands stopped at random moments, for an hour.
 soak: $(VENV)/ready-test

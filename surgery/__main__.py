@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 
+from surgery.errors import Terminated
+
 
 def main() -> None:
     """Run the command line."""
@@ -17,8 +19,6 @@ def main() -> None:
 
         cli(prog_name="surgery")
     except KeyboardInterrupt as error:  # before or after the command, which has its own words
-        from surgery.errors import Terminated
-
         word, code = ("Terminated", 143) if isinstance(error, Terminated) else ("Interrupted", 130)
         sys.stderr.write(f"{word}; nothing was left behind.\n")
         os._exit(code)
@@ -28,8 +28,6 @@ def main() -> None:
 
 
 def _terminate(_signal: int, _frame: object) -> None:
-    from surgery.errors import Terminated
-
     # A second one must not interrupt the cleaning up that the first has begun.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated

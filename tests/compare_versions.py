@@ -1,10 +1,10 @@
 """Two versions of surgery beside one another: the same commands must write the same bytes.
 
-    python tests/compare_versions.py OLD NEW [--only NAME ...] [--quick]
+    python tests/compare_versions.py OLD NEW [--only NAME ...]
 
 OLD and NEW are folders that hold a package `surgery` each: a checkout, or a site-packages folder.
 Every case is run with both, in a process of its own, and all files of both outputs are compared
-byte for byte. Exit code 1 where one differs; what a release is meant to change is looked at by hand.
+byte for byte. Exit code 1 where one differs; what a release is to change is looked at by hand.
 """
 
 from __future__ import annotations

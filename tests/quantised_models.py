@@ -1,7 +1,7 @@
 """Tiny checkpoints in the quantised formats that people have, packed as their documents say.
 
 Packed here by formulas of this file, not by the code under test; what a library on this machine can
-read is compared with that library too (`tests/test_quantised.py`).
+read is compared with that library too (`tests/patient/test_quantised.py`).
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from surgery.files.checkpoint import Checkpoint, Origin
+from surgery.files.staging import remove_stale
 from surgery.method.locate import Emergence
 from surgery.method.mask import Mask, mask_size
 from surgery.models.anatomy import depth_of, width_of
@@ -81,6 +82,10 @@ def convert(
     target = named or kind.default_path(*_default_name(checkpoint, settings))
     mask_size(settings.rate, width_of(checkpoint.config))
     settings.check_layers(depth_of(checkpoint.config))
+    if not dry_run:
+        # Before anybody looks at the output and at the free space. What an earlier run was killed
+        # in the middle of putting there, this one may replace.
+        overwrite |= remove_stale(target)
     kind.accept(Request(checkpoint, settings, target, overwrite))
     patient = Patient(
         checkpoint,

@@ -73,10 +73,20 @@ def finetune(
 ) -> FineTuning | None:
     """Train a LoRA as a recipe says, merge, fold, verify, and write the result.
 
-    recipe: a YAML file, see `surgery.recipe`. output: the folder to write, instead of the recipe's.
-    smoke: everything small, on the demo model. resume: go on from the last complete checkpoint in
-    the output. overwrite: begin again where the output holds an earlier training. changes: keys to
-    replace. None on every process but the first. Raises a SurgeryError that says what is wrong.
+    Args:
+        recipe: a YAML file, see `surgery.training.recipe`.
+        output: the folder to write, instead of the recipe's.
+        smoke: everything small, on the demo model.
+        resume: go on from the last complete checkpoint in the output.
+        overwrite: begin again where the output holds an earlier training.
+        changes: keys to replace.
+        reporter: whom to tell.
+
+    Returns:
+        What was written; None on every process but the first.
+
+    Raises:
+        SurgeryError: says what is wrong.
     """
     path = Path(recipe)
     raw = {**read_recipe(path), **(changes or {})}

@@ -6,7 +6,7 @@ import base64
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from surgery.outputs.undo import unpack_file
 from surgery.settings import Settings
 
 SCHEMA = 1
+# Fields that are data, whose shape is checked.
+_MEASURED = ("emergence", "quality", "verification", "training")
 # Settings that every manifest has had from the beginning.
 _REQUIRED = ("model", "rate", "scope", "fold", "select")
 
@@ -212,6 +214,9 @@ def parse_manifest(raw: dict[str, Any], path: str) -> Manifest:
         # As JSON and strictly, or a number could come as text and fail where it is used.
         text = json.dumps(raw, allow_nan=False)
         manifest: Manifest = TypeAdapter(Manifest).validate_json(text, strict=True)
+        # What was measured stays as it stands there, in its order and with what is added to it.
+        measured = {name: raw.get(name) for name in _MEASURED}
+        manifest = replace(manifest, **measured)
         _check(manifest)
     except ValidationError as error:
         first = error.errors()[0]

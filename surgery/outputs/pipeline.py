@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from surgery.files.staging import remove_stale
-from surgery.measure.quality import Quality
 from surgery.method.locate import Emergence
 from surgery.method.mask import Mask
 from surgery.outputs.base import Output
@@ -15,6 +14,9 @@ from surgery.outputs.checks import Verification
 from surgery.outputs.manifest import Manifest, clean_numbers
 from surgery.outputs.operation import Operation
 from surgery.outputs.plan import Plan
+
+if TYPE_CHECKING:
+    from surgery.measure.quality import Quality
 
 logger = logging.getLogger(__name__)
 
@@ -62,10 +64,6 @@ def carry_out(
     Raises:
         SurgeryError: says what is wrong; then nothing has been written.
     """
-    if not dry_run:
-        # Before the plan looks at the output and at the free space. What an earlier run was killed
-        # in the middle of putting there, this one may replace.
-        overwrite |= remove_stale(target)
     plan = kind.plan(operation, target, overwrite=overwrite)
     operation.patient.reporter.show(plan)
     mask, emergence = operation.mask, operation.emergence
@@ -79,11 +77,11 @@ def carry_out(
 
 def _measured(operation: Operation, plan: Plan) -> tuple[Quality | None, Manifest]:
     """What the gate measured, unless it is skipped, and the manifest that says so."""
-    from surgery.measure.gate import measure_fold, passes  # imports torch
-
     settings, patient, mask = operation.settings, operation.patient, operation.mask
     if not settings.check:
         return None, operation.manifest(plan)
+    from surgery.measure.gate import measure_fold, passes  # imports torch
+
     quality, calibration = measure_fold(
         patient, mask, operation.edits, operation.calibration, settings.check_tokens
     )

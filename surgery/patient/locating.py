@@ -31,6 +31,7 @@ def stream_model(patient: Patient, *, all_layers: bool = False) -> Streamed:
     """Locate the ME Layer without loading the model whole."""
     from surgery.models.stream import LayerStream  # imports torch
 
+    prompts = [prompt.tokens for prompt in patient.prompts()]
     stream = LayerStream(
         patient.plain,
         patient.anatomy,
@@ -38,7 +39,6 @@ def stream_model(patient: Patient, *, all_layers: bool = False) -> Streamed:
         device=patient.device,
         trust_remote_code=patient.loading.trust_remote_code,
     )
-    prompts = [prompt.tokens for prompt in patient.prompts()]
     with patient.reporter.bar("Streaming layers", patient.anatomy.depth) as advance:
         return stream.locate(prompts, all_layers=all_layers, progress=advance)
 
@@ -75,8 +75,7 @@ def choose_mask(
         if magnitudes is None:
             from surgery.models.observe import sink_magnitudes  # imports torch
 
-            magnitudes = sink_magnitudes(
-                patient.model, patient.anatomy, targets, patient.calibration()
-            )
+            sequences = patient.calibration()  # which is read before the model is loaded
+            magnitudes = sink_magnitudes(patient.model, patient.anatomy, targets, sequences)
         chosen = {layer: largest(magnitudes[layer], size) for layer in targets}
     return Mask(width, selection.select, selection.strength, chosen)

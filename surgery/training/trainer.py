@@ -163,22 +163,28 @@ def train(
             if last is not None:
                 reporter.say(f"Resuming from {last.name}")
             trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
-        adapter = folder / "adapter"
-        trainer.save_model(str(adapter))
-        trainer.accelerator.wait_for_everyone()
-        trained = Trained(
-            adapter,
-            trainer.state.global_step,
-            time.monotonic() - begun,
-            len(train_rows),
-            len(evaluation_rows) if evaluation_rows is not None else 0,
-            arguments.world_size,
-            trainable,
-            tuple(dict(row) for row in trainer.state.log_history),
-        )
+        rows = len(train_rows), len(evaluation_rows) if evaluation_rows is not None else 0
+        trained = _saved(trainer, folder / "adapter", time.monotonic() - begun, rows, trainable)
         main = arguments.process_index == 0
         trainer.accelerator.end_training()
         return trained if main else None
+
+
+def _saved(
+    trainer: Any, adapter: Path, seconds: float, rows: tuple[int, int], trainable: int
+) -> Trained:
+    """Save the adapter, on every rank; what the training was."""
+    trainer.save_model(str(adapter))
+    trainer.accelerator.wait_for_everyone()
+    return Trained(
+        adapter,
+        trainer.state.global_step,
+        seconds,
+        *rows,
+        trainer.args.world_size,
+        trainable,
+        tuple(dict(row) for row in trainer.state.log_history),
+    )
 
 
 @contextmanager

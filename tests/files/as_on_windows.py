@@ -66,7 +66,7 @@ def _renaming(honest: Callable[..., None], *, replaces: bool) -> Callable[..., N
 
 def _removing(honest: Callable[..., None]) -> Callable[..., None]:
     def remove(path: Any) -> None:
-        if os.path.lexists(path) and not str(path).endswith(".lock"):  # filelock has its own way
+        if os.path.lexists(path) and ".lock" not in str(path):  # filelock has its ways
             _refuse_while_open(path)
         honest(path)
 
@@ -114,7 +114,8 @@ def _text(honest: Callable[..., Any]) -> Callable[..., Any]:
 
 def _library(honest: Any) -> Any:
     def load(name: Any, *rest: Any, **options: Any) -> Any:
-        if name is None:
+        # filelock takes the ways of the system that it is told of, which is still this one.
+        if name is None and sys._getframe(1).f_globals["__name__"].startswith("surgery"):
             raise TypeError("argument of type 'NoneType' is not iterable")
         return honest(name, *rest, **options)
 

@@ -69,9 +69,9 @@ def test_convert_verify_and_revert(tiny: Tiny, tmp_path: Path, snapshot: Snapsho
 
 
 BYTES = (
-    "tests/test_dtypes.py",
-    "tests/test_checkpoint.py",
-    "tests/test_plan_write.py",
+    "tests/files/test_dtypes.py",
+    "tests/files/test_checkpoint.py",
+    "tests/outputs/test_plan_write.py",
 )
 # What is about the calls that are hidden here.
 ABOUT_THEM = "not (calls_that_copy or short_reads or write_back or umask or pipe or wrong_is)"

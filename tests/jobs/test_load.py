@@ -20,7 +20,7 @@ from shared import Tiny
 
 import surgery
 
-sys.path.insert(0, str(Path(__file__).parent / "faults"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from crash_points import begin_child, end_of
 
 linux = pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="there is no /proc here")

@@ -225,7 +225,7 @@ def test_what_packages_write(tiny: Callable[..., Path], tmp_path: Path, name: st
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     source = tiny("llama", hidden_size=128, intermediate_size=256, dtype=torch.bfloat16, **heads)
     folder = tmp_path / "made"
-    script = Path(__file__).with_name("quantised_by_packages.py")
+    script = Path(__file__).parents[1] / "quantised_by_packages.py"
     done = subprocess.run(
         [sys.executable, str(script), name, str(source), str(folder)],
         cwd=tmp_path,  # some of them write logs where they are

@@ -251,7 +251,7 @@ def test_the_list_is_what_is_tested(run: Run) -> None:
             assert re.search(case.refused, row["refusal"])
         assert set(row["inside"]) == {case.whole for case in cases if case.whole}
     assert set(MULTIMODAL) == {case.whole for case in CASES.values() if case.whole}
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert f"lists the {len({family for family, _ in listed})} decoder families" in readme
 
 

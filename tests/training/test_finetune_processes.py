@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from script import run_script
 from small_recipes import least_recipe, shipped_recipe
 
-sys.path.insert(0, str(Path(__file__).parent / "faults"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
 from crash_points import KILLED, in_child, interrupt, kill
 

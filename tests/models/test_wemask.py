@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-sys.path.insert(0, str(Path(__file__).parent / "faults"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
 from crash_points import in_child
 

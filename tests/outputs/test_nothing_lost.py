@@ -21,7 +21,7 @@ import surgery
 from surgery.errors import BadSettings
 from surgery.outputs.plan import check_apart
 
-sys.path.insert(0, str(Path(__file__).parent / "faults"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from crash_points import KILLED, in_child, kill
 from test_merging import a_recipe
 

