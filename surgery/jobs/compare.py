@@ -97,6 +97,7 @@ def compare(
     # Before anything is measured: a misspelt task should not cost an hour.
     loaded = load_tasks(chosen, reporter) if chosen is not None else None
     notes += loaded.notes if loaded is not None else ()
+    logger.info("comparing %d checkpoints with %s", len(others), base)
     reporter.say("Hashing weight files")
     compared = _named(others)
     if reference and known:

@@ -172,11 +172,12 @@ def observe_attention(
             "left out of the mask's effect."
         )
     target = min(mask.layers) if mask is not None else None
-    found = []
+    found: list[Attended] = []
     try:
         with eager_attention(model):
             for index, tokens, sink in usable:
-                before, after = attend(model, anatomy, tokens, sink, target), None
+                before = attend(model, anatomy, tokens, sink, target)
+                after: Attention | None = None
                 progress(1)
                 if mask is not None and sink == 0:
                     with wemask(model, mask, anatomy=anatomy):
@@ -244,7 +245,8 @@ def mean_of(values: Sequence[Any]) -> Any:
 
 
 def _heatmaps(shown: Attended, layer: int | None, target: int | None) -> dict[str, Array]:
-    before, chosen = shown.before.weights, {}
+    before = shown.before.weights
+    chosen: dict[str, Array] = {}
     if layer is not None and layer in before:
         chosen[f"ME Layer {layer}"] = before[layer]
     if target is not None and target in before:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from surgery.measure.attention import ATTENTION_TOKENS, sink_attention
 from surgery.measure.edited import BASE, Edited, references_of
@@ -171,7 +172,7 @@ def measure_text(
 
 
 def _measures(
-    totals: dict[str, _Totals], present: np.ndarray, sizes: list[int]
+    totals: dict[str, _Totals], present: NDArray[np.float64], sizes: list[int]
 ) -> Iterator[TextMeasure]:
     base = next(iter(totals.values()))
     predicted, seen = sum(sizes), float(present.sum())

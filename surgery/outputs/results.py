@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 from surgery.errors import BadSettings
 from surgery.files.text import read_json
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 LABELS = {
@@ -24,7 +27,14 @@ _PLAIN = re.compile(r"[\w ./:,()+=@-]{1,150}")
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference from base; bounds are None where one document cannot give them."""
+    """A difference from base.
+
+    Attributes:
+        difference: its mean.
+        low: lower bound of its 95 % interval; None where one document cannot give it.
+        high: upper bound, likewise.
+        verdict: what the interval shows; None without scipy.
+    """
 
     difference: float
     low: float | None
@@ -34,7 +44,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class TextRow:
-    """One model on the text; see `comparison.TextMeasure`."""
+    """One model on the text: what the manifest keeps of `measure.text.TextMeasure`.
+
+    A class of its own, as the two below are: it reads what another program or version has written,
+    strictly, and needs no torch. The fields mean what they mean there.
+    """
 
     perplexity: float
     against_base: float
@@ -47,7 +61,7 @@ class TextRow:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One model on one task; see `tasks.VariantScore`."""
+    """One model on one task: what the manifest keeps of `measure.task_scores.VariantScore`."""
 
     mean: float
     standard_error: float | None
@@ -58,7 +72,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """One metric of one task; see `tasks.TaskRow`."""
+    """One metric of one task: what the manifest keeps of `measure.task_scores.TaskRow`."""
 
     task: str
     metric: str
@@ -74,7 +88,21 @@ class TaskResult:
 
 @dataclass(frozen=True)
 class Results:
-    """What was measured on one checkpoint. text and variants: by "base", "reference", "edited"."""
+    """What was measured on one checkpoint.
+
+    Attributes:
+        text_name: what text it was; None where none was measured.
+        tokens: of the text.
+        sequences: of these tokens.
+        dtype: that the models ran in.
+        chat_template: whether tasks were posed as chat; None without tasks, as all that follow.
+        thinking: whether the template let the models think.
+        batch_size: a number or "auto".
+        backend: what ran the models.
+        versions: of the packages that can influence a result.
+        text: measures by "base", "reference" and "edited".
+        tasks: a row per metric, its variants by the same.
+    """
 
     text_name: str | None
     tokens: int
@@ -92,9 +120,15 @@ class Results:
 def results_for(path: Path, digests: Mapping[str, str]) -> dict[str, Any]:
     """What a results file says about a checkpoint, for the `results` of its manifest.
 
-    Checkpoints are told apart by the sha256 of their weight files. Raises BadSettings for results
-    of another checkpoint and for a file that is none of ours, BadCheckpoint for one that is not
-    JSON.
+    Checkpoints are told apart by the sha256 of their weight files.
+
+    Args:
+        path: the results file.
+        digests: sha256 of the checkpoint's files, by name.
+
+    Raises:
+        BadSettings: for results of another checkpoint, and for a file that is none of ours.
+        BadCheckpoint: for a file that is not JSON.
     """
     raw = read_json(path)
     if raw.get("schema_version") != SCHEMA:
@@ -115,6 +149,7 @@ def results_for(path: Path, digests: Mapping[str, str]) -> dict[str, Any]:
         found = asdict(check_results(_selected(raw, names)))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise BadSettings(f"{path} is damaged: {_short(error)}.") from error
+    logger.info("results of %s in %s", measured["name"], path)
     return found
 
 
