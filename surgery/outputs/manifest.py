@@ -215,7 +215,7 @@ def parse_manifest(raw: dict[str, Any], path: str) -> Manifest:
         text = json.dumps(raw, allow_nan=False)
         manifest: Manifest = TypeAdapter(Manifest).validate_json(text, strict=True)
         # What was measured stays as it stands there, in its order and with what is added to it.
-        measured = {name: raw.get(name) for name in _MEASURED}
+        measured: dict[str, Any] = {name: raw.get(name) for name in _MEASURED}
         manifest = replace(manifest, **measured)
         _check(manifest)
     except ValidationError as error:

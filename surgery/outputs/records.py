@@ -50,11 +50,10 @@ class FileRecord:
     source_sha256: str | None = None
 
 
-# What was measured is kept as data, with keys that readers may rely on and others beside them.
+# What was measured is kept as data, with keys that readers may rely on; others stand beside them.
 class EmergenceRecord(TypedDict):
     """An `Emergence` as data."""
 
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
     layer: int | None
     magnification: float | None
     found_by: str
@@ -64,7 +63,6 @@ class EmergenceRecord(TypedDict):
 class VariantRecord(TypedDict):
     """A `Measured` as data."""
 
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
     name: str
     perplexity: float
     against_base: float
@@ -75,7 +73,6 @@ class VariantRecord(TypedDict):
 class QualityRecord(TypedDict):
     """A `Quality` as data; also forced (bool) and leak_text (str)."""
 
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
     variants: list[VariantRecord]
     tokens: int
     sequences: int
@@ -84,7 +81,6 @@ class QualityRecord(TypedDict):
 class CheckRecord(TypedDict):
     """A `Check` as data."""
 
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
     name: str
     passed: bool
     detail: NotRequired[str]
@@ -93,6 +89,5 @@ class CheckRecord(TypedDict):
 class VerificationRecord(TypedDict):
     """A `Verification` as data."""
 
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
     passed: NotRequired[bool]
     checks: list[CheckRecord]

@@ -20,7 +20,6 @@ class RecipeRecord(TypedDict):
 
 
 class _TrainingRecord(TypedDict):
-    __pydantic_config__ = {"extra": "allow"}  # type: ignore[misc]  # noqa: RUF012
     recipe: RecipeRecord
     steps: int
     rows: int

@@ -97,7 +97,7 @@ class _Finishing:
         verification = Verification(tuple(checks))
         self.reporter.show(verification)
         verification.require()
-        record = {**self.record, "verification": verification.as_dict()}
+        record: Any = {**self.record, "verification": verification.as_dict()}
         for name in (MODEL, ADAPTER):
             if (part / name).is_dir():
                 add_training(part / name, record, checks, figure if drawn else None, checkpoint)
