@@ -6,7 +6,8 @@ setup counts for the test that asks for it first, save what is made for all work
 tests run, before the first of them and again after each that seems too slow, and the limit grows
 by as much as the slower of the two took longer than on such a machine. It never shrinks.
 
-Tests marked `full`, `runtimes` or `packages` take minutes by design and are printed only. Under
+Tests marked `full`, `runtimes` or `packages` take minutes by design, and those marked `whole` run
+the whole demo model, once, for the time that it takes; they are printed only. Under
 pytest-xdist the workers calculate, and send the factor along with a report; the controller prints
 and judges.
 """
@@ -25,7 +26,7 @@ import shared
 
 LIMIT = 15.0  # seconds, of one test, on a machine whose factor is 1
 SHOWN = 10
-EXEMPT = frozenset({"full", "runtimes", "packages"})
+EXEMPT = frozenset({"full", "runtimes", "packages", "whole"})
 # Seconds that `calibration` takes on a fast, quiet machine.
 REFERENCE = 0.03
 _FACTOR, _WAITED = "slow_guard_factor", "slow_guard_waited"

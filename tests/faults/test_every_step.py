@@ -231,7 +231,7 @@ def test_failing_at_every_step(
         if not (now == whole and not before):
             assert in_child(job) == 0
         assert snapshot(output) == whole
-    assert failed > 10
+    assert failed > (10 if size is None else size // 2)  # some calls have a replacement
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,7 @@ def options_of(fold: str, scope: str) -> dict:
     }
 
 
+@pytest.mark.whole
 @needs_wikitext
 def test_a_ruinous_conversion_is_refused(tmp_path: Path) -> None:
     with pytest.raises(surgery.SurgeryError, match=r"--fold sink measures .*--force") as caught:
@@ -251,6 +252,7 @@ SIX = [
 ]
 
 
+@pytest.mark.whole
 @needs_wikitext
 @pytest.mark.parametrize(("fold", "scope"), SIX)
 def test_six_conversions(
@@ -326,6 +328,7 @@ def test_six_conversions_of_six_layers(
     check_conversion(surgery.resolve(str(six_layers)), result.output, fold, scope, LAYER)
 
 
+@pytest.mark.whole
 def test_the_command(subject: Patient, typed: tuple[str, Path], run: Run) -> None:
     """`surgery convert demo` as typed, and `surgery verify` of what it made."""
     said, output = typed
@@ -342,6 +345,7 @@ def test_the_command(subject: Patient, typed: tuple[str, Path], run: Run) -> Non
     run("verify", output).ok()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_the_older_transformers(
     whole: bool, request: pytest.FixtureRequest, six_layers: Path, tmp_path: Path
