@@ -130,6 +130,7 @@ COLUMNS = {
 }
 
 
+@pytest.mark.usefixtures("demo_folder")  # which `--smoke` would convert by itself
 @pytest.mark.parametrize("name", RECIPES)
 def test_shipped_recipes_are_planned(
     run: Run, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
