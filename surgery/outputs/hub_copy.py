@@ -30,7 +30,7 @@ from surgery.outputs.plan import RemoteFile, RemotePlan, edits_by_file
 from surgery.outputs.records import FileRecord
 from surgery.outputs.write import edited_blocks
 from surgery.patient.hub import hub_words
-from surgery.patient.quantised import method_of
+from surgery.patient.quantised import method_of, require_editable
 from surgery.patient.repository import repository_name
 from surgery.settings import Settings
 
@@ -78,6 +78,12 @@ class HubCopy:
             raise BadSettings("--undo-file is written by ordinary conversions; leave out --remote.")
         if checkpoint.origin.kind != "hub":
             raise BadSettings(f"--remote is for models on the Hub; {settings.model} is not one.")
+        require_editable(
+            checkpoint,
+            linear=fold.linear,
+            low_rank=fold.low_rank,
+            strength=settings.strength,
+        )
         if method_of(checkpoint.config) and not settings.targets_given:
             raise BadSettings(
                 "A quantised model is not searched on the Hub: give --layer, or leave out --remote."
