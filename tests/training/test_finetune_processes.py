@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import script
 import tiny_models
 from hub_server import HubServer
 from safetensors.numpy import load_file
@@ -54,13 +55,8 @@ def losses(output: Path) -> list[float]:
 
 
 def launch(words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", *words],
-        env={**os.environ, **ENVIRONMENT},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return script.start(sys.executable, "-m", *words, env=ENVIRONMENT, **pipes)
 
 
 # --------------------------------------------------------------------------------------------
