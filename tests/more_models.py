@@ -173,7 +173,7 @@ def _cases() -> Iterator[Case]:
         )
 
     # Dense, one norm before attention.
-    for name in ("llama", "mistral", "qwen2", "qwen3", "smollm3", "glm", "glm4", "arcee"):
+    for name in ("llama", "mistral", "qwen2", "qwen3", "smollm3", "glm", "glm4", "arcee", "cwm"):
         yield case(name)
     for name in ("helium", "seed_oss", "ernie4_5", "hunyuan_v1_dense", "ministral", "ministral3"):
         yield case(name)

@@ -129,7 +129,7 @@ _LLAMA_LIKE = (
     "llama mistral ministral ministral3 qwen2 qwen2_moe qwen3 qwen3_moe mixtral granite "
     "granitemoe granitemoeshared glm glm4 glm4_moe smollm3 gpt_oss llama4_text olmoe "
     "seed_oss ernie4_5 ernie4_5_moe hunyuan_v1_dense hunyuan_v1_moe minimax_m2 helium "
-    "arcee exaone_moe dots1 qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text"
+    "arcee cwm exaone_moe dots1 qwen2_vl_text qwen2_5_vl_text qwen3_vl_text qwen3_vl_moe_text"
 )
 
 FAMILIES: tuple[Family, ...] = (
