@@ -11,8 +11,9 @@ from surgery.files.checkpoint import check_links
 from surgery.files.generated import CARD, FIGURE, MANIFEST
 from surgery.files.staging import write_whole
 from surgery.outputs.card import front_matter, render_card
-from surgery.outputs.manifest import read_manifest, write_manifest
+from surgery.outputs.manifest import write_manifest
 from surgery.outputs.records import FileRecord
+from surgery.outputs.registry import opened
 from surgery.outputs.results import results_for
 
 
@@ -36,12 +37,12 @@ def refresh_card(folder: str | Path, *, results: str | Path | None = None) -> Pa
             "shows it."
         )
     check_links(path, (MANIFEST, CARD, FIGURE))
-    manifest = read_manifest(path)
+    kind, manifest = opened(path)
     known = {record.name: record.sha256 for record in manifest.files}
     if results is not None:
         manifest = replace(manifest, results=results_for(Path(results), known))
     figure = (path / FIGURE).is_file()
-    card = render_card(manifest, front_matter(path / CARD), figure=figure).encode()
+    card = render_card(manifest, front_matter(path / CARD), kind.card, figure=figure).encode()
     if CARD not in known:
         raise BadSettings(f"{path} was not written with a card.")
     write_whole(path / CARD, card)

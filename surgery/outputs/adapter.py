@@ -29,6 +29,7 @@ from surgery.outputs.base import (
     require_low_rank,
 )
 from surgery.outputs.behaviour import Batch, masked_logits, near_reference
+from surgery.outputs.card import ADAPTER_CARD
 from surgery.outputs.checks import Check, Verification, checked, verify_files
 from surgery.outputs.describe import FileComparison, compare_files, describe, hashed
 from surgery.outputs.low_rank import Term, base_name, size_of, terms_of
@@ -46,6 +47,7 @@ class Adapter(Output):
     """adapter_config.json and adapter_model.safetensors, with card and manifest."""
 
     name = "adapter"
+    card = ADAPTER_CARD
 
     def default_path(self, stem: str, words: Sequence[str]) -> Path:
         return Path(f"{stem}-wemask-{'-'.join((*words, 'adapter'))}")
@@ -97,7 +99,7 @@ class Adapter(Output):
                 verification=verification.as_dict(),
                 files=[hashed(folder, name) for name in names],
             )
-            manifest = describe(manifest, folder, base, plan.generated)
+            manifest = describe(manifest, folder, base, plan.generated, self.card)
             patient.reporter.show(verification)
         return verification, manifest
 
@@ -124,7 +126,7 @@ class Adapter(Output):
     def compare(
         self, review: Review, again: Path, repeated: Manifest
     ) -> tuple[FileComparison, ...]:
-        return compare_files(review.manifest, again, repeated)
+        return compare_files(review.manifest, again, repeated, self.card)
 
 
 def peft_config(

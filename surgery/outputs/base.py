@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from surgery.errors import BadSettings
 from surgery.files.checkpoint import Checkpoint
+from surgery.outputs.card import CHECKPOINT_CARD, CardKind
 from surgery.outputs.checks import Check, Verification
 from surgery.outputs.describe import FileComparison
 from surgery.outputs.manifest import Manifest
@@ -58,6 +59,7 @@ class Output(ABC):
     name: ClassVar[str]
     # Whether it is a file with its provenance inside, without a card.
     one_file: ClassVar[bool] = False
+    card: ClassVar[CardKind] = CHECKPOINT_CARD
 
     @abstractmethod
     def default_path(self, stem: str, words: Sequence[str]) -> Path:

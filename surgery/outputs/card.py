@@ -40,8 +40,8 @@ _LABELS = {
 }
 
 
-class _Kind(NamedTuple):
-    """What a card is rendered from, and what the Hub makes of it.
+class CardKind(NamedTuple):
+    """What the card of a kind of output is rendered from, and what the Hub makes of it.
 
     Attributes:
         template: in the folder `hub_cards`.
@@ -54,9 +54,8 @@ class _Kind(NamedTuple):
     relation: str
 
 
-# By the form of the output, where it is not a plain checkpoint's.
-_KINDS = {"adapter": _Kind("adapter_card.md.jinja", "peft", "adapter")}
-_PLAIN = _Kind("model_card.md.jinja", "transformers", "finetune")
+CHECKPOINT_CARD = CardKind("model_card.md.jinja", "transformers", "finetune")
+ADAPTER_CARD = CardKind("adapter_card.md.jinja", "peft", "adapter")
 
 
 def front_matter(path: Path) -> dict[str, Any]:
@@ -78,12 +77,13 @@ def front_matter(path: Path) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
-def card_metadata(manifest: Manifest, base: Mapping[str, Any]) -> dict[str, Any]:
+def card_metadata(
+    manifest: Manifest, base: Mapping[str, Any], kind: CardKind = CHECKPOINT_CARD
+) -> dict[str, Any]:
     """The card's metadata: the base's licence, language and so on, and where this came from.
 
     The base's `model-index` is left out: its scores were not measured on this checkpoint.
     """
-    kind = _KINDS.get(manifest.settings.form, _PLAIN)
     found: dict[str, Any] = {key: base[key] for key in _INHERITED if key in base}
     if manifest.base.kind == "hub" or "/" in manifest.base.name:
         found["base_model"] = manifest.base.name
@@ -117,24 +117,30 @@ def command_line(settings: Settings) -> str:
     return " ".join(words)
 
 
-def render_card(manifest: Manifest, base: Mapping[str, Any], *, figure: bool) -> str:
+def render_card(
+    manifest: Manifest,
+    base: Mapping[str, Any],
+    kind: CardKind = CHECKPOINT_CARD,
+    *,
+    figure: bool,
+) -> str:
     """The card as Markdown.
 
     Args:
         manifest: of the checkpoint; there is no figure in the card that it does not hold.
         base: the base card's metadata.
+        kind: of the output.
         figure: whether the figure of the layers lies beside the card.
     """
     import yaml
     from jinja2.sandbox import SandboxedEnvironment
 
-    kind = _KINDS.get(manifest.settings.form, _PLAIN)
     template = (resource_folder("hub_cards") / kind.template).read_text(encoding="utf-8")
     environment = SandboxedEnvironment(
         autoescape=False, keep_trailing_newline=True, trim_blocks=True
     )
     words = _words(manifest, figure)
-    metadata = card_metadata(manifest, base)
+    metadata = card_metadata(manifest, base, kind)
     if manifest.results is not None and manifest.results["tasks"]:
         metadata["model-index"] = model_index(manifest.results, words["title"])
     text = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)

@@ -11,7 +11,7 @@ from surgery.files.checkpoint import Checkpoint
 from surgery.files.digests import file_sha256
 from surgery.files.generated import CARD, FIGURE, MANIFEST
 from surgery.files.text import write_text
-from surgery.outputs.card import front_matter, render_card
+from surgery.outputs.card import CHECKPOINT_CARD, CardKind, front_matter, render_card
 from surgery.outputs.manifest import Manifest, write_manifest
 from surgery.outputs.records import FileRecord
 
@@ -37,10 +37,15 @@ def hashed(folder: Path, name: str) -> FileRecord:
 
 
 def describe(
-    manifest: Manifest, folder: Path, base: Checkpoint, generated: Sequence[str]
+    manifest: Manifest,
+    folder: Path,
+    base: Checkpoint,
+    generated: Sequence[str],
+    kind: CardKind = CHECKPOINT_CARD,
 ) -> Manifest:
     """Write card and manifest into a folder; the manifest with every generated file in it."""
-    card = render_card(manifest, front_matter(base.folder / CARD), figure=FIGURE in generated)
+    metadata = front_matter(base.folder / CARD)
+    card = render_card(manifest, metadata, kind, figure=FIGURE in generated)
     write_text(folder / CARD, card)
     made = [hashed(folder, name) for name in generated if name != MANIFEST]
     manifest = replace(manifest, files=[*manifest.files, *made])
@@ -49,7 +54,7 @@ def describe(
 
 
 def compare_files(
-    manifest: Manifest, again: Path, repeated: Manifest
+    manifest: Manifest, again: Path, repeated: Manifest, kind: CardKind = CHECKPOINT_CARD
 ) -> tuple[FileComparison, ...]:
     """Every file that a manifest names, and the same one in a folder that was made again."""
     hashes = {record.name: record.sha256 for record in repeated.files}
@@ -57,7 +62,7 @@ def compare_files(
         # Results came after the conversion; the card must be the same but for them.
         with_results = replace(repeated, results=manifest.results)
         figure = (again / FIGURE).is_file()
-        card = render_card(with_results, front_matter(again / CARD), figure=figure)
+        card = render_card(with_results, front_matter(again / CARD), kind, figure=figure)
         hashes[CARD] = hashlib.sha256(card.encode()).hexdigest()
     return tuple(
         FileComparison(record.name, record.sha256, hashes.get(record.name))
