@@ -101,7 +101,7 @@ def _plan(plan: Plan) -> Iterator[RenderableType]:
     table.add_row("output", safe(plan.product))
     table.add_row("edits", _edits(plan.edits))
     if plan.beside:
-        table.add_row("base", "untouched: the edits become rank-one updates beside it")
+        table.add_row("base", f"untouched: the edits become {plan.beside} beside it")
         size = f"{plan.bytes_written / 1e3:.3g} kB"
         table.add_row("files", safe(", ".join(file.name for file in plan.files)) + f" ({size})")
         yield table

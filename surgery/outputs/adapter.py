@@ -32,7 +32,7 @@ from surgery.outputs.behaviour import Batch, masked_logits, near_reference
 from surgery.outputs.card import ADAPTER_CARD
 from surgery.outputs.checks import Check, Verification, checked, verify_files
 from surgery.outputs.describe import FileComparison, compare_files, describe, hashed
-from surgery.outputs.low_rank import Term, base_name, size_of, terms_of
+from surgery.outputs.low_rank import UPDATES, Term, base_name, size_of, terms_of
 from surgery.outputs.manifest import Manifest
 from surgery.outputs.operation import Operation
 from surgery.outputs.plan import FilePlan, Plan, check_output, check_space
@@ -75,7 +75,7 @@ class Adapter(Output):
             edits,
             overwrite,
             generated=(CARD, MANIFEST),
-            beside=True,
+            beside=UPDATES,
         )
         check_space(plan)
         return plan

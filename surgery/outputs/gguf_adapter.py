@@ -27,7 +27,7 @@ from surgery.outputs.gguf_container import (
     repeated_gguf_name,
 )
 from surgery.outputs.gguf_updates import GgufUpdate, updates_for, write_gguf_adapter
-from surgery.outputs.low_rank import size_of
+from surgery.outputs.low_rank import UPDATES, size_of
 from surgery.outputs.manifest import Manifest, manifest_text
 from surgery.outputs.operation import Operation
 from surgery.outputs.plan import FilePlan, Plan, check_space, edits_by_file
@@ -60,7 +60,7 @@ class GgufAdapter(Output):
         check_gguf_output(base.sources, target, 1, overwrite=overwrite)
         size = size_of(base, operation.patient.anatomy, edits) + _HEAD
         files = (FilePlan(target.name, size),)
-        plan = Plan(base, Path(target).absolute(), files, edits, overwrite, beside=True)
+        plan = Plan(base, Path(target).absolute(), files, edits, overwrite, beside=UPDATES)
         check_space(plan)
         return plan
 

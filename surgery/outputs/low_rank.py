@@ -17,6 +17,8 @@ from surgery.files.checkpoint import Checkpoint, Origin
 from surgery.folds.edits import Edit, RankOne
 from surgery.models.anatomy import Anatomy
 
+UPDATES = "rank-one updates"  # what the edits become, in words
+
 
 @dataclass(frozen=True)
 class Term:

@@ -46,7 +46,7 @@ class Plan:
         generated: files that are made anew, such as the card.
         undo_size: bytes of what the edits overwrite, where that is kept in a file.
         first: name of the first of several shards of one file; empty for a folder or a whole file.
-        beside: whether the base stays as it is and the edits become an adapter beside it.
+        beside: what the edits become, where the base stays as it is; else empty.
     """
 
     checkpoint: Checkpoint
@@ -57,7 +57,7 @@ class Plan:
     generated: tuple[str, ...] = ()
     undo_size: int = 0
     first: str = ""
-    beside: bool = False
+    beside: str = ""
 
     @property
     def product(self) -> Path:
