@@ -17,13 +17,10 @@ from numpy.typing import NDArray
 
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
-from surgery.files.paths import is_plain_name
 from surgery.files.ranges import LocalFiles, Ranges
 from surgery.files.safetensors_file import TensorEntry, parse_header
 from surgery.files.text import read_json
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from surgery.files.weights import ELSEWHERE, INDEX, Weights, choose, require_described
 
 # A second copy of the weights in another container would silently stay unedited.
 _OTHER_WEIGHTS = re.compile(
@@ -134,8 +131,31 @@ class Checkpoint:
         return self.remote if self.remote is not None else LocalFiles(self.folder)
 
 
-def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) -> Checkpoint:
+def weights_in(folder: Path) -> Weights:
+    """The weights that stock transformers takes from a folder; BadCheckpoint without any."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+
+    def read(name: str) -> Any:
+        check_links(folder, (name,))
+        return read_json(folder / name)
+
+    config = read("config.json") if "config.json" in names else {}
+    return choose(names, read, str(folder), config)
+
+
+def open_checkpoint(
+    folder: Path,
+    origin: Origin,
+    remote: Ranges | None = None,
+    weights: Weights | None = None,
+) -> Checkpoint:
     """Describe the safetensors checkpoint in a folder, or one whose weights are `remote`.
+
+    Args:
+        folder: of its files, those of its weights aside where they are remote.
+        origin: where it came from.
+        remote: what reads its weight files, where they are not in the folder.
+        weights: which these are; by default, those that transformers takes from the folder.
 
     Raises:
         BadCheckpoint: A file is missing, truncated or disagrees with the index.
@@ -147,17 +167,19 @@ def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) 
             f"{folder} has no config.json, so it is not a Hugging Face checkpoint; "
             "give a folder or a Hub id that holds one."
         )
-    check_links(folder, ("config.json", INDEX))
+    check_links(folder, ("config.json",))
     config = read_json(folder / "config.json")
-    weight_files, weight_map = _weight_files(folder)
+    weights = weights or weights_in(folder)
+    if weights.pickled:
+        raise BadCheckpoint(f"{folder} holds {weights.entry}, and no safetensors.")
+    weight_files = weights.files
     check_links(folder, weight_files)
-    if remote is None and weight_map is None and not (folder / SINGLE).is_file():
-        raise BadCheckpoint(_missing_weights(folder))
     ranges = remote if remote is not None else LocalFiles(folder)
     tensors = _tensors(ranges, weight_files)
-    if weight_map is not None:
-        _compare_index(weight_map, tensors)
-    side_files, left_out = other_files(folder, set(weight_files))
+    if weights.weight_map is not None:
+        _compare_index(weights.weight_map, tensors)
+    side_files, left_out = beside(_walk(folder), weights)
+    require_described(tensors, config, left_out, str(folder))
     check_links(folder, side_files)
     for name in side_files:
         path = folder / name
@@ -209,27 +231,6 @@ def check_links(folder: Path, names: Iterable[str]) -> None:
             )
 
 
-def _weight_files(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
-    index = folder / INDEX
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise BadCheckpoint(f"{index} has no weight_map.")
-        for name in weight_map.values():
-            if not isinstance(name, str) or not is_plain_name(name):
-                raise BadCheckpoint(
-                    f"{index} names the file {name!r}, which is not a plain file name beside it."
-                )
-        return tuple(sorted(set(weight_map.values()))), weight_map
-    return (SINGLE,), None
-
-
-def _missing_weights(folder: Path) -> str:
-    if any(folder.glob("model-*-of-*.safetensors")):
-        return f"{folder} has shards but no {INDEX}; fetch the index too."
-    return f"{folder} holds no {SINGLE} and no {INDEX}."
-
-
 def _compare_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:
     for name, file in weight_map.items():
         entry = tensors.get(name)
@@ -240,6 +241,22 @@ def _compare_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEn
     extra = next((name for name in tensors if name not in weight_map), None)
     if extra is not None:
         raise BadCheckpoint(f"{extra} lies in {tensors[extra].file} but the index omits it.")
+
+
+def beside(names: Iterable[str], weights: Weights) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Of the files beside some weights, those to carry and those to leave behind.
+
+    Of several indexes only that of the weights is carried: another one would make transformers
+    look for other files, or, beside an adapter's settings, load an adapter.
+    """
+    index = weights.index
+    kept, left = divided(names, set(weights.files))
+    stale = [name for name in kept if name in (INDEX, *ELSEWHERE) and name != index]
+    carry = [name for name in kept if name not in stale]
+    if index is not None and index not in carry:
+        carry.append(index)
+    leave = [name for name in left if name != index]
+    return tuple(carry), (*leave, *stale)
 
 
 def other_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

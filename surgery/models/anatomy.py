@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
 from surgery.files.checkpoint import Checkpoint
+from surgery.files.weights import method_of
 from surgery.models.families import Family, Mixer, family_of
 from surgery.models.names import layers_prefix
 
@@ -212,12 +213,11 @@ def describe(checkpoint: Checkpoint) -> Anatomy | None:
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
     """Raise Unsupported for a checkpoint whose weights are quantised."""
-    quantisation = checkpoint.config.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
+    method = method_of(checkpoint.config)
+    if method:
         raise Unsupported(
-            f"This checkpoint is quantised ({method or 'unknown method'}); convert the unquantised "
-            "checkpoint and quantise the result."
+            f"This checkpoint is quantised ({method}); convert the unquantised checkpoint and "
+            "quantise the result."
         )
 
 
@@ -268,7 +268,7 @@ def check_shapes(anatomy: Anatomy, checkpoint: Checkpoint) -> None:
 
     The weights of a quantised checkpoint, which are stored in many ways, are left out.
     """
-    plain = not checkpoint.config.get("quantization_config")
+    plain = not method_of(checkpoint.config)
     for found in anatomy.inputs:
         if found is None:
             continue

@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported, first_line
 from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
 from surgery.files.text import read_json
+from surgery.files.weights import ADAPTER_CONFIG, method_of
 from surgery.models.anatomy import is_multimodal
 
 if TYPE_CHECKING:
@@ -195,17 +197,14 @@ def load_model(
     """
     import torch
 
-    refuse_remote_code(folder, trust_remote_code)
     logger.info("loading %s in %s on %s", folder, dtype, device or "the CPU")
     with _explained(BadCheckpoint, f"transformers cannot load {folder}"):
-        config = load_config(folder, trust_remote_code=trust_remote_code)
-        require_stored(config, _stored(folder), folder, trust_remote_code=trust_remote_code)
-        model, info = auto_class(config).from_pretrained(
+        model, info = stock_model(
             folder,
+            trust_remote_code,
+            stored=_stored(folder),
             dtype=getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            local_files_only=True,
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -213,10 +212,53 @@ def load_model(
     return model.to(device).eval() if device is not None else model.eval()
 
 
+def stock_model(
+    folder: Path, trust_remote_code: bool, *, stored: int | None = None, **options: Any
+) -> Any:
+    """What `from_pretrained` of transformers gives for the weights in a folder.
+
+    Args:
+        folder: of a checkpoint.
+        trust_remote_code: whether code that the checkpoint brings may run.
+        stored: how many parameters its files can hold, to be compared with its configuration.
+        options: of `from_pretrained`.
+    """
+    refuse_remote_code(folder, trust_remote_code)
+    with without_adapter(folder) as place:
+        config = load_config(place, trust_remote_code=trust_remote_code)
+        if stored is not None:
+            require_stored(config, stored, folder, trust_remote_code=trust_remote_code)
+        return auto_class(config).from_pretrained(
+            place, trust_remote_code=trust_remote_code, local_files_only=True, **options
+        )
+
+
+@contextmanager
+def without_adapter(folder: Path) -> Iterator[Path]:
+    """A folder whose weights load alike with and without peft.
+
+    With it, transformers puts an adapter that lies in the folder on the model. Where one does, the
+    block gets links to the checkpoint's own files instead.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        yield folder
+        return
+    checkpoint = open_checkpoint(folder, Origin("directory", folder.name, str(folder)))
+    with TemporaryDirectory(prefix="surgery-") as temporary:
+        for name in (*checkpoint.weight_files, *checkpoint.side_files):
+            place = Path(temporary, name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                place.symlink_to((folder / name).resolve())
+            except OSError:  # Windows asks for a privilege
+                os.link(folder / name, place)
+        yield Path(temporary)
+
+
 def _stored(folder: Path) -> int:
     """How many parameters a checkpoint in a folder can hold."""
     checkpoint = open_checkpoint(folder, Origin("directory", folder.name, str(folder)))
-    if "quantization_config" in checkpoint.config:  # several to a number, a bit each at the least
+    if method_of(checkpoint.config):  # several to a number, a bit each at the least
         return 8 * checkpoint.size
     return sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
 

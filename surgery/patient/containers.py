@@ -20,7 +20,6 @@ from typing import Any
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, first_line
 from surgery.files.checkpoint import (
-    INDEX,
     Checkpoint,
     Origin,
     check_links,
@@ -30,6 +29,7 @@ from surgery.files.checkpoint import (
 from surgery.files.digests import file_sha256
 from surgery.files.gguf_file import check_sizes, merge, read_gguf, shards_of
 from surgery.files.text import read_json, write_text
+from surgery.files.weights import ELSEWHERE, INDEX
 from surgery.models.loading import quiet, require_stored
 from surgery.patient.cache import kept
 
@@ -49,13 +49,16 @@ def gguf_source(checkpoint: Checkpoint) -> Path:
     return checkpoint.gguf
 
 
-def materialised(path: Path, origin: Origin, say: Callable[[str], None]) -> Checkpoint:
+def materialised(
+    path: Path, origin: Origin, say: Callable[[str], None], pickles: Sequence[str] = ()
+) -> Checkpoint:
     """A .gguf file or a folder of pickles as safetensors, converted once and kept.
 
     Args:
         path: The file (any shard of it), or the folder.
         origin: What it is called; its digest is added.
         say: Told what takes time.
+        pickles: Names of the files in a folder that hold its weights.
 
     Raises:
         BadCheckpoint: It holds no model that can be read.
@@ -64,7 +67,7 @@ def materialised(path: Path, origin: Origin, say: Callable[[str], None]) -> Chec
         files = shards_of(path)
         digest = file_sha256(path) if len(files) == 1 else _digest(files)
     else:
-        files = pickles(path)
+        files = [path / name for name in pickles]
         everything = [*files, *_beside(path)]
         check_links(path, [file.name for file in everything])
         digest = _digest(everything)
@@ -105,11 +108,6 @@ def _digest(files: list[Path]) -> str:
     """One digest for several files, by name and content."""
     lines = [f"{file_sha256(file)} {file.name}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def pickles(folder: Path) -> list[Path]:
-    """PyTorch's weight files in a folder, in order."""
-    return sorted(path for path in folder.glob("pytorch_model*.bin") if path.is_file())
 
 
 def gguf_to_safetensors(files: Sequence[Path], folder: Path) -> None:
@@ -259,7 +257,11 @@ def _save(state: dict[str, Any], file: Path, target: Path) -> tuple[list[str], i
 def _beside(folder: Path) -> list[Path]:
     """What belongs to a checkpoint of pickles, other copies of the weights left aside."""
     kept, _ = other_files(folder, set())
-    return [folder / name for name in kept if "/" not in name and (folder / name).is_file()]
+    return [
+        folder / name
+        for name in kept
+        if "/" not in name and name not in ELSEWHERE and (folder / name).is_file()
+    ]
 
 
 def _without_aliases(state: dict[str, Any]) -> dict[str, Any]:

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from surgery.errors import BadCheckpoint, SurgeryError, first_line
-from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
-
-# Other copies of the same weights, not worth the download when there are safetensors.
-_NOT_NEEDED = [
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx*",
-    "*.gguf",
-    "*.tflite",
-    "consolidated*",
-    "original/*",
-    "onnx/*",
-    "openvino/*",
-    "coreml/*",
-]
+from surgery.files.checkpoint import Checkpoint, Origin, beside, open_checkpoint
+from surgery.files.text import read_json
+from surgery.files.weights import Weights, choose
 
 _log = logging.getLogger(__name__)
 
@@ -48,12 +34,12 @@ def download(name: str, revision: str | None, say: Callable[[str], None]) -> Pat
     with hub_errors(name, revision):
         try:
             info = huggingface_hub.HfApi().model_info(name, revision=revision)
-            files = [sibling.rfilename for sibling in info.siblings or []]
-            ignored = _NOT_NEEDED if any(f.endswith(".safetensors") for f in files) else []
+            weights = weights_on_hub(name, info)
+            wanted = [*weights.files, *beside(names_of(info), weights)[0]]
             say(f"Fetching {name} (commit {str(info.sha)[:12]}) from the Hub")
             # By the name the user gave, so that the cache also knows it when offline.
             folder = huggingface_hub.snapshot_download(
-                name, revision=revision, ignore_patterns=ignored
+                name, revision=revision, allow_patterns=[glob.escape(file) for file in wanted]
             )
         except Exception as error:
             if not unreachable(error):
@@ -63,6 +49,34 @@ def download(name: str, revision: str | None, say: Callable[[str], None]) -> Pat
                 name, revision=revision, local_files_only=True
             )
     return Path(folder)
+
+
+def names_of(info: Any) -> list[str]:
+    """The names of the files in a listing of the Hub."""
+    return [sibling.rfilename for sibling in info.siblings or []]
+
+
+def weights_on_hub(name: str, info: Any) -> Weights:
+    """The weights that stock transformers takes from a commit of a repository.
+
+    Args:
+        name: of the repository.
+        info: the Hub's listing of the commit.
+
+    Raises:
+        BadCheckpoint: there are none, or not all of them.
+    """
+    import huggingface_hub
+
+    if not isinstance(info.sha, str):
+        raise BadCheckpoint(f"The Hub's answer about {name} names no commit; try again later.")
+    names = names_of(info)
+
+    def read(file: str) -> dict[str, Any]:
+        return read_json(Path(huggingface_hub.hf_hub_download(name, file, revision=info.sha)))
+
+    config = read("config.json") if "config.json" in names else {}
+    return choose(names, read, name, config)
 
 
 def cached(name: str, revision: str | None) -> Path | None:

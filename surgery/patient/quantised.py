@@ -25,10 +25,11 @@ from numpy.typing import NDArray
 
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
-from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
 from surgery.files.digests import file_sha256
 from surgery.files.safetensors_file import write_safetensors
 from surgery.files.text import write_text
+from surgery.files.weights import INDEX, SINGLE, method_of, quantisation
 from surgery.patient.cache import kept
 
 # Part of the name under which a dequantised copy is kept: raised when the functions change.
@@ -43,18 +44,6 @@ _log = logging.getLogger(__name__)
 Array = NDArray[Any]
 Parts = Mapping[str, Array]
 Weight = NDArray[np.float32]
-
-
-def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantisation settings in a configuration; None for plain weights."""
-    found = config.get("quantization_config") or config.get("compression_config")
-    return found if isinstance(found, Mapping) else None
-
-
-def method_of(config: Mapping[str, Any]) -> str:
-    """The name of the method, such as fp8 or gptq; empty for plain weights."""
-    found = quantisation(config)
-    return "" if found is None else str(found.get("quant_method", "unknown method"))
 
 
 # --------------------------------------------------------------------------------------------

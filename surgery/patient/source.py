@@ -9,10 +9,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from surgery.errors import BadCheckpoint, BadSettings
-from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint, weights_in
 from surgery.files.digests import file_sha256
-from surgery.patient.containers import materialised, pickles
-from surgery.patient.hub import cached, download, hub_errors, unreachable
+from surgery.files.text import read_json
+from surgery.files.weights import ADAPTER_CONFIG, PACKING, method_of
+from surgery.patient.containers import materialised
+from surgery.patient.hub import cached, download, hub_errors, unreachable, weights_on_hub
 from surgery.patient.remote import SMALL_FILES, HubRanges
 
 DEMO = "demo"
@@ -58,6 +60,18 @@ def resolve(model: str, revision: str | None = None, say: Say = _silent) -> Chec
         if path.suffix != ".gguf":
             raise BadCheckpoint(f"{path} is a file; give a checkpoint folder or a .gguf file.")
         return materialised(path, Origin("gguf", path.stem, model), say)
+    name, wanted = _on_hub(model, revision)
+    folder = download(name, wanted, say)
+    return _from_folder(folder, Origin("hub", name, model, commit=folder.name), say)
+
+
+def _on_hub(model: str, revision: str | None) -> tuple[str, str | None]:
+    """The id and the revision of a model on the Hub, from `name@revision`.
+
+    Raises:
+        BadCheckpoint: It can be no id.
+        BadSettings: Two revisions are asked for.
+    """
     name, _, tag = model.partition("@")
     if tag and revision is not None and tag != revision:
         raise BadSettings(f"{model} names a revision and so does --revision {revision}; give one.")
@@ -65,12 +79,7 @@ def resolve(model: str, revision: str | None = None, say: Say = _silent) -> Chec
         raise BadCheckpoint(
             f"{model} is neither an existing folder or file nor the id of a model on the Hub."
         )
-    return _from_hub(name, tag or revision, model, say)
-
-
-def _from_hub(name: str, revision: str | None, typed: str, say: Say) -> Checkpoint:
-    folder = download(name, revision, say)
-    return _from_folder(folder, Origin("hub", name, typed, commit=folder.name), say)
+    return name, tag or revision
 
 
 def _existing(model: str) -> Path | None:
@@ -83,13 +92,22 @@ def _existing(model: str) -> Path | None:
 
 
 def _from_folder(folder: Path, origin: Origin, say: Say) -> Checkpoint:
-    safetensors = (folder / SINGLE).exists() or (folder / INDEX).exists()
-    if not safetensors:
-        if (folder / "adapter_config.json").is_file():
-            raise BadCheckpoint(f"{folder} is a PEFT adapter; merge it into its base model first.")
-        if pickles(folder) and not any(folder.glob("*.safetensors")):
-            return materialised(folder, Origin("bin", origin.name, origin.typed), say)
-    return open_checkpoint(folder, origin)
+    weights = weights_in(folder)
+    _say_left_aside(folder, say)
+    if weights.pickled:
+        return materialised(folder, Origin("bin", origin.name, origin.typed), say, weights.files)
+    return open_checkpoint(folder, origin, weights=weights)
+
+
+def _say_left_aside(folder: Path, say: Say) -> None:
+    """Tell what lies beside a whole model and would change what some library loads."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        say(f"Left aside: {ADAPTER_CONFIG}, whose adapter is no part of this whole model")
+    if (folder / PACKING).is_file():
+        say(f"Left aside: {PACKING}, from which transformers reads nothing")
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if config.get("quantization_config") and not method_of(config):
+        say("quantization_config is switched off: the weights are read as they are stored")
 
 
 def resolve_light(model: str, revision: str | None = None, say: Say = _silent) -> Checkpoint:
@@ -97,10 +115,9 @@ def resolve_light(model: str, revision: str | None = None, say: Say = _silent) -
 
     Its small files are fetched, its headers read, and its weights left to be read by byte range.
     """
-    name, _, tag = model.partition("@")
-    if model == DEMO or _existing(model) or not _HUB_ID.match(name) or model.endswith("@"):
+    if model == DEMO or _existing(model):
         return resolve(model, revision, say)
-    wanted = tag or revision
+    name, wanted = _on_hub(model, revision)
     with hub_errors(name, wanted):
         import huggingface_hub
 
@@ -113,15 +130,16 @@ def resolve_light(model: str, revision: str | None = None, say: Say = _silent) -
         here = cached(name, info.sha)
         if here is not None:
             return _from_folder(here, Origin("hub", name, model, commit=here.name), say)
-        files = [sibling.rfilename for sibling in info.siblings or []]
-        if SINGLE not in files and INDEX not in files:
+        weights = weights_on_hub(name, info)
+        if weights.pickled:
             return resolve(model, revision, say)
         say(f"Reading {name} (commit {str(info.sha)[:12]}) on the Hub, without downloading it")
         folder = Path(
             huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=SMALL_FILES)
         )
         origin = Origin("hub", name, model, commit=str(info.sha))
-        return open_checkpoint(folder, origin, HubRanges(name, str(info.sha)))
+        _say_left_aside(folder, say)
+        return open_checkpoint(folder, origin, HubRanges(name, str(info.sha)), weights)
 
 
 def _demo_file() -> Path:

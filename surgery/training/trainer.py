@@ -21,11 +21,9 @@ from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy
 from surgery.models.gated_attention import GATE, add_gates, gated
 from surgery.models.loading import (
-    auto_class,
-    load_config,
     load_tokenizer,
     quiet,
-    refuse_remote_code,
+    stock_model,
 )
 from surgery.models.masking import wemask
 from surgery.models.names import StoredNames
@@ -214,16 +212,11 @@ _TORCH_SAVE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
 
 
 def _load(recipe: Recipe, checkpoint: Checkpoint) -> Any:
-    trusts = _trusts(recipe)
-    refuse_remote_code(checkpoint.folder, trusts)
     options: dict[str, Any] = {"dtype": recipe.model.dtype or "auto"}
     if recipe.model.attn_implementation:
         options["attn_implementation"] = recipe.model.attn_implementation
     with quiet():
-        config = load_config(checkpoint.folder, trust_remote_code=trusts)
-        return auto_class(config).from_pretrained(
-            checkpoint.folder, trust_remote_code=trusts, local_files_only=True, **options
-        )
+        return stock_model(checkpoint.folder, _trusts(recipe), **options)
 
 
 def _trusts(recipe: Recipe) -> bool:
