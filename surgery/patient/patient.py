@@ -10,6 +10,7 @@ from typing import Any
 
 from surgery.errors import BadSettings
 from surgery.files.checkpoint import Checkpoint
+from surgery.files.weights import method_of
 from surgery.models.anatomy import Anatomy, describe, is_multimodal, refuse_quantised
 from surgery.patient import texts
 from surgery.patient.quantised import dequantised
@@ -87,7 +88,12 @@ class Patient:
         """The same model in floating point, which can be run."""
         if not self._dequantise:
             return self.checkpoint
-        return dequantised(self.checkpoint, self.reporter.say)
+        stored = self.checkpoint
+        if stored.remote is not None and method_of(stored.config):
+            # Packed weights are not streamed: each is unpacked from several tensors.
+            origin = stored.origin
+            stored = resolve(origin.name, origin.commit, self.reporter.say)
+        return dequantised(stored, self.reporter.say)
 
     @cached_property
     def anatomy(self) -> Anatomy:
