@@ -6,9 +6,7 @@ Nothing here loads a tensor that was not asked for, and nothing imports torch.
 from __future__ import annotations
 
 import logging
-import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,19 +18,22 @@ from surgery.files import dtypes
 from surgery.files.paths import is_plain_name
 from surgery.files.ranges import LocalFiles, Ranges
 from surgery.files.safetensors_file import TensorEntry, parse_header
+from surgery.files.side_files import INDEX, carried, divided, other_files
 from surgery.files.text import read_json
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "Checkpoint",
+    "Origin",
+    "carried",
+    "check_links",
+    "divided",
+    "open_checkpoint",
+    "other_files",
+]
 
-# A second copy of the weights in another container would silently stay unedited.
-_OTHER_WEIGHTS = re.compile(
-    r"(\.(bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|tflite|mlmodel|nemo|safetensors)$)"
-    r"|(\.index\.json$)|(^(pytorch_model|consolidated|tf_model|flax_model)\b)"
-)
-_OTHER_FOLDERS = ("original", "onnx", "openvino", "coreml", "gguf", ".cache", ".git")
-# Side files that merely look like weights: training_args.bin and the like hold no weights.
-_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+SINGLE = "model.safetensors"
 
 _log = logging.getLogger(__name__)
 
@@ -134,8 +135,16 @@ class Checkpoint:
         return self.remote if self.remote is not None else LocalFiles(self.folder)
 
 
-def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) -> Checkpoint:
+def open_checkpoint(
+    folder: Path, origin: Origin, remote: Ranges | None = None, include: Sequence[str] = ()
+) -> Checkpoint:
     """Describe the safetensors checkpoint in a folder, or one whose weights are `remote`.
+
+    Args:
+        folder: Where it lies.
+        origin: Where it came from.
+        remote: What reads its weight files, where they are not in `folder`.
+        include: Patterns of side files to carry beyond the usual ones.
 
     Raises:
         BadCheckpoint: A file is missing, truncated or disagrees with the index.
@@ -157,7 +166,7 @@ def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) 
     tensors = _tensors(ranges, weight_files)
     if weight_map is not None:
         _compare_index(weight_map, tensors)
-    side_files, left_out = other_files(folder, set(weight_files))
+    side_files, left_out = other_files(folder, set(weight_files), include if remote is None else ())
     check_links(folder, side_files)
     for name in side_files:
         path = folder / name
@@ -240,44 +249,3 @@ def _compare_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEn
     extra = next((name for name in tensors if name not in weight_map), None)
     if extra is not None:
         raise BadCheckpoint(f"{extra} lies in {tensors[extra].file} but the index omits it.")
-
-
-def other_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Side files to carry, and files to leave behind because they repeat the weights."""
-    return divided(_walk(folder), weights)
-
-
-def divided(names: Iterable[str], weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The same of names, those of the weight files left aside."""
-    kept: list[str] = []
-    left: list[str] = []
-    for name in names:
-        if name in weights:
-            continue
-        if carried(name):
-            kept.append(name)
-        elif not (name.startswith(".") and name.split("/", 1)[0] in _OTHER_FOLDERS):
-            left.append(name)
-    return tuple(kept), tuple(left)
-
-
-def carried(name: str) -> bool:
-    """Whether a file that is no weight file of a checkpoint belongs to it, by its path."""
-    if name == INDEX:
-        return True
-    top, base = name.split("/", 1)[0], name.rsplit("/", 1)[-1]
-    if top in _OTHER_FOLDERS and "/" in name:
-        return False
-    return not _OTHER_WEIGHTS.search(base) or base in _NOT_WEIGHTS
-
-
-def _walk(folder: Path) -> Iterable[str]:
-    for root, directories, files in os.walk(folder):
-        directories.sort()
-        for name in directories:
-            if (Path(root) / name).is_symlink():
-                raise BadCheckpoint(
-                    f"{Path(root) / name} is a link to a folder; put the folder itself there."
-                )
-        for file in sorted(files):
-            yield (Path(root) / file).relative_to(folder).as_posix()

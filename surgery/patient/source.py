@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_che
 from surgery.files.digests import file_sha256
 from surgery.patient.containers import materialised, pickles
 from surgery.patient.hub import cached, download, hub_errors, unreachable
-from surgery.patient.remote import SMALL_FILES, HubRanges
+from surgery.patient.remote import HubRanges
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -33,31 +33,35 @@ def _silent(_message: str) -> None:
     return None
 
 
-def resolve(model: str, revision: str | None = None, say: Say = _silent) -> Checkpoint:
+def resolve(
+    model: str, revision: str | None = None, say: Say = _silent, include: Sequence[str] = ()
+) -> Checkpoint:
     """The checkpoint behind a folder, a Hub id (`name@revision`), a .gguf file or `demo`.
 
     Args:
         model: What a user typed.
         revision: A branch, tag or commit of a Hub id.
         say: Told what takes time.
+        include: Patterns of side files that belong to it beyond the usual ones.
 
     Raises:
         BadCheckpoint: It cannot be had.
-        BadSettings: The words contradict each other.
+        BadSettings: The words contradict each other, or a pattern is that of no file.
     """
     _log.debug("looking for %s", model)
     if model == DEMO:
-        return materialised(_demo_file(), Origin("gguf", DEMO_NAME, DEMO, note=_DEMO_NOTE), say)
+        origin = Origin("gguf", DEMO_NAME, DEMO, note=_DEMO_NOTE)
+        return materialised(_demo_file(), origin, say, include)
     path = _existing(model)
     if path is not None and path.is_dir():
         if revision is not None:
             raise BadSettings("--revision is for Hub ids; a local folder has no revisions.")
         origin = Origin("directory", path.resolve().name, model)
-        return _from_folder(path, origin, say)
+        return _from_folder(path, origin, say, include)
     if path is not None and path.is_file():
         if path.suffix != ".gguf":
             raise BadCheckpoint(f"{path} is a file; give a checkpoint folder or a .gguf file.")
-        return materialised(path, Origin("gguf", path.stem, model), say)
+        return materialised(path, Origin("gguf", path.stem, model), say, include)
     name, _, tag = model.partition("@")
     if tag and revision is not None and tag != revision:
         raise BadSettings(f"{model} names a revision and so does --revision {revision}; give one.")
@@ -65,12 +69,14 @@ def resolve(model: str, revision: str | None = None, say: Say = _silent) -> Chec
         raise BadCheckpoint(
             f"{model} is neither an existing folder or file nor the id of a model on the Hub."
         )
-    return _from_hub(name, tag or revision, model, say)
+    return _from_hub(name, tag or revision, model, say, include)
 
 
-def _from_hub(name: str, revision: str | None, typed: str, say: Say) -> Checkpoint:
+def _from_hub(
+    name: str, revision: str | None, typed: str, say: Say, include: Sequence[str]
+) -> Checkpoint:
     folder = download(name, revision, say)
-    return _from_folder(folder, Origin("hub", name, typed, commit=folder.name), say)
+    return _from_folder(folder, Origin("hub", name, typed, commit=folder.name), say, include)
 
 
 def _existing(model: str) -> Path | None:
@@ -82,24 +88,26 @@ def _existing(model: str) -> Path | None:
         return None
 
 
-def _from_folder(folder: Path, origin: Origin, say: Say) -> Checkpoint:
+def _from_folder(folder: Path, origin: Origin, say: Say, include: Sequence[str]) -> Checkpoint:
     safetensors = (folder / SINGLE).exists() or (folder / INDEX).exists()
     if not safetensors:
         if (folder / "adapter_config.json").is_file():
             raise BadCheckpoint(f"{folder} is a PEFT adapter; merge it into its base model first.")
         if pickles(folder) and not any(folder.glob("*.safetensors")):
-            return materialised(folder, Origin("bin", origin.name, origin.typed), say)
-    return open_checkpoint(folder, origin)
+            return materialised(folder, Origin("bin", origin.name, origin.typed), say, include)
+    return open_checkpoint(folder, origin, include=include)
 
 
-def resolve_light(model: str, revision: str | None = None, say: Say = _silent) -> Checkpoint:
+def resolve_light(
+    model: str, revision: str | None = None, say: Say = _silent, include: Sequence[str] = ()
+) -> Checkpoint:
     """Like `resolve`, but a Hub model that is not in the cache stays on the Hub.
 
     Its small files are fetched, its headers read, and its weights left to be read by byte range.
     """
     name, _, tag = model.partition("@")
     if model == DEMO or _existing(model) or not _HUB_ID.match(name) or model.endswith("@"):
-        return resolve(model, revision, say)
+        return resolve(model, revision, say, include)
     wanted = tag or revision
     with hub_errors(name, wanted):
         import huggingface_hub
@@ -109,19 +117,19 @@ def resolve_light(model: str, revision: str | None = None, say: Say = _silent) -
         except Exception as error:
             if not unreachable(error):
                 raise
-            return resolve(model, revision, say)
+            return resolve(model, revision, say, include)
         here = cached(name, info.sha)
         if here is not None:
-            return _from_folder(here, Origin("hub", name, model, commit=here.name), say)
+            origin = Origin("hub", name, model, commit=here.name)
+            return _from_folder(here, origin, say, include)
         files = [sibling.rfilename for sibling in info.siblings or []]
         if SINGLE not in files and INDEX not in files:
-            return resolve(model, revision, say)
+            return resolve(model, revision, say, include)
         say(f"Reading {name} (commit {str(info.sha)[:12]}) on the Hub, without downloading it")
-        folder = Path(
-            huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=SMALL_FILES)
-        )
+        ranges = HubRanges(name, str(info.sha))
+        folder = ranges.fetch_small(files)
         origin = Origin("hub", name, model, commit=str(info.sha))
-        return open_checkpoint(folder, origin, HubRanges(name, str(info.sha)))
+        return open_checkpoint(folder, origin, ranges)
 
 
 def _demo_file() -> Path:
