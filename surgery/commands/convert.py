@@ -20,7 +20,7 @@ from surgery.commands.options import LOADING, output_options, settings
     help="Folder to write, or .gguf file if MODEL is one.  [default: ./<name>-wemask-<settings>]",
 )
 @settings(*LOADING, "seed", "check", "check_tokens", "calibration_tokens", "max_degradation")
-@settings("force", "undo_file")
+@settings("force", "undo_file", "include")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion at the output.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @settings("push_to_hub")

@@ -106,6 +106,8 @@ def _option(kind: type, name: str, changes: dict[str, Any]) -> Decorator:
             given |= {"default": False, "callback": lambda _ctx, _parameter, value: not value}
         if "/" not in declared:
             given["is_flag"] = True
+    elif facts.get("repeated"):
+        given |= {"type": str, "multiple": True, "show_default": False}
     elif get_origin(hint) is tuple:
         given |= {"type": str, "callback": _PARSERS[name]}
         given["default"] = _joined(given["default"])

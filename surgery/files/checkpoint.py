@@ -6,9 +6,7 @@ Nothing here loads a tensor that was not asked for, and nothing imports torch.
 from __future__ import annotations
 
 import logging
-import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +17,9 @@ from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
 from surgery.files.ranges import LocalFiles, Ranges
 from surgery.files.safetensors_file import TensorEntry, parse_header
+from surgery.files.side_files import other_files
 from surgery.files.text import read_json
-from surgery.files.weights import ELSEWHERE, INDEX, Weights, choose, require_described
-
-# A second copy of the weights in another container would silently stay unedited.
-_OTHER_WEIGHTS = re.compile(
-    r"(\.(bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|tflite|mlmodel|nemo|safetensors)$)"
-    r"|(\.index\.json$)|(^(pytorch_model|consolidated|tf_model|flax_model)\b)"
-)
-_OTHER_FOLDERS = ("original", "onnx", "openvino", "coreml", "gguf", ".cache", ".git")
-# Side files that merely look like weights: training_args.bin and the like hold no weights.
-_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+from surgery.files.weights import Weights, choose, require_described
 
 _log = logging.getLogger(__name__)
 
@@ -63,7 +53,7 @@ class Checkpoint:
         folder: Where its side files lie, and its weight files too unless they are `remote`.
         origin: Where it came from.
         config: Its config.json.
-        weight_files: Names of the files that hold its tensors.
+        weights: Which files hold its tensors.
         tensors: Its tensors by name.
         side_files: Names of the other files that belong to it, with "/" between folders.
         left_out: Names of files that do not, such as further copies of the weights.
@@ -77,7 +67,7 @@ class Checkpoint:
     folder: Path
     origin: Origin
     config: Mapping[str, Any]
-    weight_files: tuple[str, ...]
+    weights: Weights
     tensors: Mapping[str, TensorEntry]
     side_files: tuple[str, ...]
     left_out: tuple[str, ...] = ()
@@ -85,6 +75,11 @@ class Checkpoint:
     modified: Mapping[str, int] = field(default_factory=dict)
     remote: Ranges | None = None
     made_from: tuple[Path, ...] = ()
+
+    @property
+    def weight_files(self) -> tuple[str, ...]:
+        """Names of the files that hold its tensors."""
+        return self.weights.files
 
     @property
     def sources(self) -> tuple[Path, ...]:
@@ -148,14 +143,16 @@ def open_checkpoint(
     origin: Origin,
     remote: Ranges | None = None,
     weights: Weights | None = None,
+    include: Sequence[str] = (),
 ) -> Checkpoint:
     """Describe the safetensors checkpoint in a folder, or one whose weights are `remote`.
 
     Args:
-        folder: of its files, those of its weights aside where they are remote.
-        origin: where it came from.
-        remote: what reads its weight files, where they are not in the folder.
-        weights: which these are; by default, those that transformers takes from the folder.
+        folder: Where it lies.
+        origin: Where it came from.
+        remote: What reads its weight files, where they are not in `folder`.
+        weights: Which these are; by default those that transformers takes from the folder.
+        include: Patterns of side files to carry beyond the usual ones.
 
     Raises:
         BadCheckpoint: A file is missing, truncated or disagrees with the index.
@@ -178,7 +175,7 @@ def open_checkpoint(
     tensors = _tensors(ranges, weight_files)
     if weights.weight_map is not None:
         _compare_index(weights.weight_map, tensors)
-    side_files, left_out = beside(_walk(folder), weights)
+    side_files, left_out = other_files(folder, weights, include if remote is None else ())
     require_described(tensors, config, left_out, str(folder))
     check_links(folder, side_files)
     for name in side_files:
@@ -193,7 +190,7 @@ def open_checkpoint(
         folder,
         origin,
         config,
-        weight_files,
+        weights,
         tensors,
         side_files,
         left_out,
@@ -241,60 +238,3 @@ def _compare_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEn
     extra = next((name for name in tensors if name not in weight_map), None)
     if extra is not None:
         raise BadCheckpoint(f"{extra} lies in {tensors[extra].file} but the index omits it.")
-
-
-def beside(names: Iterable[str], weights: Weights) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Of the files beside some weights, those to carry and those to leave behind.
-
-    Of several indexes only that of the weights is carried: another one would make transformers
-    look for other files, or, beside an adapter's settings, load an adapter.
-    """
-    index = weights.index
-    kept, left = divided(names, set(weights.files))
-    stale = [name for name in kept if name in (INDEX, *ELSEWHERE) and name != index]
-    carry = [name for name in kept if name not in stale]
-    if index is not None and index not in carry:
-        carry.append(index)
-    leave = [name for name in left if name != index]
-    return tuple(carry), (*leave, *stale)
-
-
-def other_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Side files to carry, and files to leave behind because they repeat the weights."""
-    return divided(_walk(folder), weights)
-
-
-def divided(names: Iterable[str], weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The same of names, those of the weight files left aside."""
-    kept: list[str] = []
-    left: list[str] = []
-    for name in names:
-        if name in weights:
-            continue
-        if carried(name):
-            kept.append(name)
-        elif not (name.startswith(".") and name.split("/", 1)[0] in _OTHER_FOLDERS):
-            left.append(name)
-    return tuple(kept), tuple(left)
-
-
-def carried(name: str) -> bool:
-    """Whether a file that is no weight file of a checkpoint belongs to it, by its path."""
-    if name == INDEX:
-        return True
-    top, base = name.split("/", 1)[0], name.rsplit("/", 1)[-1]
-    if top in _OTHER_FOLDERS and "/" in name:
-        return False
-    return not _OTHER_WEIGHTS.search(base) or base in _NOT_WEIGHTS
-
-
-def _walk(folder: Path) -> Iterable[str]:
-    for root, directories, files in os.walk(folder):
-        directories.sort()
-        for name in directories:
-            if (Path(root) / name).is_symlink():
-                raise BadCheckpoint(
-                    f"{Path(root) / name} is a link to a folder; put the folder itself there."
-                )
-        for file in sorted(files):
-            yield (Path(root) / file).relative_to(folder).as_posix()

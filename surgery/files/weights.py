@@ -21,10 +21,7 @@ INDEX = "model.safetensors.index.json"
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
-# What belongs to other weights than a model's own: with the first, transformers with peft would put
-# an adapter on the model; the second is the settings of packed weights, which it reads elsewhere.
 PACKING = "quantize_config.json"
-ELSEWHERE = (ADAPTER_CONFIG, PACKING)
 # The order in which transformers looks for them.
 _ENTRIES = (SINGLE, INDEX, PICKLE, PICKLE_INDEX)
 _SHARD = re.compile(r"^(model|pytorch_model)-\d+-of-\d+\.(safetensors|bin)$")
@@ -45,11 +42,13 @@ class Weights:
         entry: the file that is looked for: one with all weights, or an index of several.
         files: those that hold the weights, sorted.
         weight_map: the file of each tensor, where there is an index.
+        quantised: whether the configuration says that they are packed.
     """
 
     entry: str
     files: tuple[str, ...]
     weight_map: Mapping[str, str] | None
+    quantised: bool = False
 
     @property
     def pickled(self) -> bool:
@@ -58,8 +57,8 @@ class Weights:
 
     @property
     def index(self) -> str | None:
-        """The index, where there is one."""
-        return None if self.weight_map is None else self.entry
+        """The index of safetensors, where there is one."""
+        return None if self.weight_map is None or self.pickled else self.entry
 
 
 def choose(
@@ -76,7 +75,8 @@ def choose(
     Raises:
         BadCheckpoint: there are none, or not all of them.
     """
-    entry = (config or {}).get("transformers_weights")
+    config = config or {}
+    entry = config.get("transformers_weights")
     if entry is not None:
         _require_safetensors(entry, where)
     else:
@@ -84,7 +84,7 @@ def choose(
     if entry is None or entry not in names:
         raise BadCheckpoint(_no_weights(names, read, where, entry))
     if not entry.endswith(".index.json"):
-        return Weights(entry, (entry,), None)
+        return Weights(entry, (entry,), None, bool(method_of(config)))
     weight_map = _weight_map(read(entry), f"{where}/{entry}")
     files = tuple(sorted(set(weight_map.values())))
     missing = [name for name in files if name not in names]
@@ -95,7 +95,7 @@ def choose(
             f"{'are' if others else 'is'} not there; fetch the missing shards"
             f"{_instead(names, entry)}."
         )
-    return Weights(entry, files, weight_map)
+    return Weights(entry, files, weight_map, bool(method_of(config)))
 
 
 def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any] | None:

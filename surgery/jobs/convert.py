@@ -49,6 +49,7 @@ def convert(
     trust_remote_code: bool = Settings.trust_remote_code,
     push_to_hub: str | None = Settings.push_to_hub,
     undo_file: bool = Settings.undo_file,
+    include: tuple[str, ...] = Settings.include,
     form: str = Settings.form,
     emergence: Emergence | None = None,
     mask: Mask | None = None,
@@ -73,7 +74,7 @@ def convert(
         SurgeryError: says what is wrong; then nothing has been written.
     """
     settings = Settings.gathered(locals())
-    checkpoint = resolve(model, settings.revision, reporter.say)
+    checkpoint = resolve(model, settings.revision, reporter.say, settings.include)
     if spoken_as is not None:
         settings = replace(settings, model=spoken_as[0], revision=spoken_as[1])
         checkpoint = replace(checkpoint, origin=spoken_as[2])

@@ -25,7 +25,7 @@ from surgery.outputs.base import (
     Request,
     Restored,
     no_undo_of_adapter,
-    refuse_undo_file,
+    refuse_what_folders_have,
     require_low_rank,
 )
 from surgery.outputs.behaviour import Batch, masked_logits, near_reference
@@ -58,7 +58,7 @@ class Adapter(Output):
                 "--as adapter writes a folder for PEFT; give another --output, or --as "
                 "gguf-adapter for llama.cpp."
             )
-        refuse_undo_file(request)
+        refuse_what_folders_have(request)
         require_low_rank(request)
         sources = request.checkpoint.sources
         check_output(sources, request.target, overwrite=request.overwrite)

@@ -26,7 +26,7 @@ _TAGS = ("wemask", "surgery", "massive-activations")
 _SPOKEN = (
     *("rate", "scope", "fold", "select", "strength", "seed", "dtype", "max_degradation"),
     *("revision", "layer", "calibration", "check_tokens", "calibration_tokens", "layers"),
-    *("check", "form", "undo_file", "force", "trust_remote_code"),
+    *("check", "form", "undo_file", "include", "force", "trust_remote_code"),
 )
 _SELECT_WORDS = {
     "weight": "the largest norm gains, as in the paper",
@@ -109,6 +109,9 @@ def command_line(settings: Settings) -> str:
     for name in _SPOKEN:
         value, default = getattr(settings, name), known[name].default
         if value == default and name not in ("rate", "scope"):
+            continue
+        if known[name].metadata.get("repeated"):
+            words += [word for part in value for word in (spelled(known[name]), shlex.quote(part))]
             continue
         words.append(spelled(known[name]))
         if not isinstance(default, bool):

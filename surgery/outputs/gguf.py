@@ -12,7 +12,7 @@ from surgery.files.gguf_file import read_gguf, shard_path, shards_of
 from surgery.files.staging import temporary_sibling
 from surgery.folds.registry import fold_named
 from surgery.method.mask import Mask
-from surgery.outputs.base import Output, Request, Restored, refuse_undo_file
+from surgery.outputs.base import Output, Request, Restored, refuse_what_folders_have
 from surgery.outputs.behaviour import behaviour
 from surgery.outputs.checks import Check, Verification
 from surgery.outputs.describe import FileComparison
@@ -50,7 +50,7 @@ class Gguf(Output):
         return Path(f"{stem}-wemask-{'-'.join(words)}.gguf")
 
     def accept(self, request: Request) -> None:
-        refuse_undo_file(request)
+        refuse_what_folders_have(request)
         if request.settings.fold_used.linear:
             raise Unsupported(
                 "In a GGUF file only the norms can be edited, its projections are quantised: use "

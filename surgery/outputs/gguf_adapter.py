@@ -15,7 +15,7 @@ from surgery.outputs.base import (
     Request,
     Restored,
     no_undo_of_adapter,
-    refuse_undo_file,
+    refuse_what_folders_have,
     require_low_rank,
 )
 from surgery.outputs.checks import Check, Verification, checked
@@ -46,7 +46,7 @@ class GgufAdapter(Output):
         return Path(f"{stem}-WeMask-v1.0-F32-LoRA.gguf")  # by GGUF's naming convention
 
     def accept(self, request: Request) -> None:
-        refuse_undo_file(request)
+        refuse_what_folders_have(request)
         require_low_rank(request)
         if request.target.suffix != ".gguf":
             raise BadSettings(

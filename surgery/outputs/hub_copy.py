@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, VerificationFailed
-from surgery.files.checkpoint import Checkpoint, carried, divided
+from surgery.files.checkpoint import Checkpoint
 from surgery.files.descriptors import read_at, write_exactly
 from surgery.files.generated import CARD, FIGURE, GENERATED, MANIFEST
 from surgery.files.safetensors_file import read_header
+from surgery.files.side_files import divided
 from surgery.folds.edits import Edit
 from surgery.outputs.checks import Verification, checked
 from surgery.outputs.describe import describe, hashed
@@ -135,15 +136,15 @@ def _listing(checkpoint: Checkpoint) -> tuple[dict[str, RemoteFile], tuple[str, 
         found = huggingface_hub.HfApi().model_info(
             checkpoint.origin.name, revision=checkpoint.origin.commit, files_metadata=True
         )
+        names = sorted(sibling.rfilename for sibling in found.siblings or [])
+        kept, left = divided(names, checkpoint.weights, (), checkpoint.folder)
+        carried = {*checkpoint.weight_files, *kept} - {*GENERATED}
         listing = {}
         for sibling in found.siblings or []:
-            name = sibling.rfilename
             large = sibling.lfs.sha256 if sibling.lfs is not None else None
-            known = name in checkpoint.weight_files
-            if known or (carried(name) and name not in GENERATED):
-                listing[name] = RemoteFile(int(sibling.size or 0), large)
-        names = sorted(sibling.rfilename for sibling in found.siblings or [])
-    return listing, divided(names, set(checkpoint.weight_files))[1]
+            if sibling.rfilename in carried:
+                listing[sibling.rfilename] = RemoteFile(int(sibling.size or 0), large)
+    return listing, left
 
 
 def _patched(

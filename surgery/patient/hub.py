@@ -5,26 +5,30 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadCheckpoint, SurgeryError, first_line
-from surgery.files.checkpoint import Checkpoint, Origin, beside, open_checkpoint
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
+from surgery.files.side_files import is_other_format, is_weights, matches
 from surgery.files.text import read_json
 from surgery.files.weights import Weights, choose
 
 _log = logging.getLogger(__name__)
 
 
-def download(name: str, revision: str | None, say: Callable[[str], None]) -> Path:
+def download(
+    name: str, revision: str | None, say: Callable[[str], None], include: Sequence[str] = ()
+) -> Path:
     """The folder of a model's files in the Hub's cache, fetched unless they are there.
 
     Args:
         name: The model's id.
         revision: A branch, tag or commit; None for the newest.
         say: Told what is being fetched.
+        include: Patterns of further files that are carried.
 
     Raises:
         BadCheckpoint: The Hub does not give them, and the cache does not hold them.
@@ -35,7 +39,7 @@ def download(name: str, revision: str | None, say: Callable[[str], None]) -> Pat
         try:
             info = huggingface_hub.HfApi().model_info(name, revision=revision)
             weights = weights_on_hub(name, info)
-            wanted = [*weights.files, *beside(names_of(info), weights)[0]]
+            wanted = _needed(names_of(info), weights, include)
             say(f"Fetching {name} (commit {str(info.sha)[:12]}) from the Hub")
             # By the name the user gave, so that the cache also knows it when offline.
             folder = huggingface_hub.snapshot_download(
@@ -49,6 +53,19 @@ def download(name: str, revision: str | None, say: Callable[[str], None]) -> Pat
                 name, revision=revision, local_files_only=True
             )
     return Path(folder)
+
+
+def _needed(names: Sequence[str], weights: Weights, include: Sequence[str]) -> list[str]:
+    """What to fetch: everything but other copies of the weights, which are large."""
+    return [
+        name
+        for name in names
+        if name in (*weights.files, weights.entry)
+        or matches(name, include)
+        or not (is_weights(name) or is_other_format(name))
+        # A sentence encoder has modules with weights of their own.
+        or ("/" in name and name.endswith(".safetensors") and not is_other_format(name))
+    ]
 
 
 def names_of(info: Any) -> list[str]:

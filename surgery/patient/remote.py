@@ -22,16 +22,38 @@ _log = logging.getLogger(__name__)
 
 
 class HubRanges:
-    """Byte ranges of the files of one commit, read through huggingface_hub's file system."""
+    """Byte ranges of the files of one commit, read through huggingface_hub's file system.
+
+    `bytes_read` counts what came from the Hub, and nothing that was in its cache.
+    """
 
     def __init__(self, repo: str, commit: str) -> None:
         from huggingface_hub import HfFileSystem
 
         self._files = HfFileSystem()
+        self._repo, self._commit = repo, commit
         self._root = f"{repo}@{commit}"
         self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()
         self.bytes_read = 0
+
+    def fetch_small(self, names: Sequence[str]) -> Path:
+        """The folder with the small files among `names`, fetched unless they are in the cache."""
+        import huggingface_hub
+
+        def here(name: str) -> bool:
+            known = huggingface_hub.try_to_load_from_cache(self._repo, name, revision=self._commit)
+            return isinstance(known, str)
+
+        missing = [name for name in names if not here(name)]
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                self._repo, revision=self._commit, allow_patterns=SMALL_FILES
+            )
+        )
+        fetched = [folder / name for name in missing if (folder / name).is_file()]
+        self.bytes_read += sum(path.stat().st_size for path in fetched)
+        return folder
 
     def size(self, file: str) -> int:
         """Bytes of a file; BadCheckpoint when the commit has none of that name."""

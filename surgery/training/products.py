@@ -154,8 +154,9 @@ class _Finishing:
         settings = replace(
             case.settings, scope=treatment.fold_scope, layer=treatment.layer, check=check
         )
+        base = case.checkpoint
         checkpoint = replace(
-            resolve(str(source), None, reporter.say), origin=case.checkpoint.origin
+            resolve(str(source), None, reporter.say), origin=base.origin, left_out=base.left_out
         )
         kind = Folder()
         kind.accept(Request(checkpoint, settings, output, overwrite=False))
