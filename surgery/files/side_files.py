@@ -84,6 +84,7 @@ def divided(
     weights: Collection[str],
     include: Sequence[str] = (),
     folder: Path | None = None,
+    card: str | None = None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The same of names alone, those of the weight files left aside.
 
@@ -93,9 +94,10 @@ def divided(
         include: As `other_files` takes it.
         folder: Where those of the files lie that say what else is needed: configurations, code
             and the card; none are read without one.
+        card: The text of the base's card, where another has taken its place in the folder.
     """
     listed = [name for name in names if name not in weights]
-    needed = called_for(listed, folder)
+    needed = called_for(listed, folder, card)
     # A folder with weights of its own is another model, or the state of a training.
     apart = {posixpath.dirname(name) for name in listed if _is_weights(name)} - {""}
     kept: list[str] = []
@@ -135,6 +137,11 @@ def carried(name: str) -> bool:
 def is_hidden(name: str) -> bool:
     """Whether a file, or a folder above it, has a name that begins with a dot."""
     return any(part.startswith(".") for part in name.split("/"))
+
+
+def is_below(name: str, left: str) -> bool:
+    """Whether a name that was left behind stands for a file: its own, or its folder's with "/"."""
+    return name == left or (left.endswith("/") and name.startswith(left))
 
 
 def require_matches(names: Collection[str], include: Sequence[str]) -> None:
