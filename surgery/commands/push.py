@@ -48,6 +48,9 @@ def command(
     if as_json:
         print_json(vars(pushed))
     privacy = "private" if pushed.private else "public"
-    terminal.out.print(f"[bold green]Pushed[/bold green] {safe(pushed.url)} ({privacy})")
+    terminal.out.print(
+        f"[bold green]Pushed[/bold green] {safe(pushed.url)} ({privacy}): {len(pushed.files)} "
+        f"files, names, sizes and digests as here: {safe(', '.join(pushed.files))}"
+    )
     if pushed.pull_request:
         terminal.out.print(f"Pull request: {safe(pushed.pull_request)}")

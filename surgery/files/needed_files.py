@@ -27,15 +27,21 @@ _LICENCE_LINK = re.compile(r"^license_link:\s*[\"']?([^\"'\s]+)", re.MULTILINE)
 _ON_THE_HUB = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/[^/]+/[^/]+/\w+/[^/]+/")
 
 
-def called_for(names: Collection[str], folder: Path | None) -> set[str]:
-    """Those of the names that configurations, code and card of the folder name."""
+def called_for(names: Collection[str], folder: Path | None, card: str | None = None) -> set[str]:
+    """Those of the names that configurations, code and card of the folder name.
+
+    Args:
+        names: Of the files, with "/" between folders.
+        folder: Where they lie, or those of them that say what is needed; None where none do.
+        card: The text of the card, where it is not the one in the folder.
+    """
     if folder is None:
         return set()
     known = set(names)
     return {
         *_code(known, folder),
         *_modules(known, folder),
-        *(name for name in _links(folder) if name in known),
+        *(name for name in _links(_text(folder, CARD) if card is None else card) if name in known),
     }
 
 
@@ -144,9 +150,8 @@ def _modules(known: set[str], folder: Path) -> set[str]:
     return found
 
 
-def _links(folder: Path) -> Iterator[str]:
-    """Pictures that the card shows, and the licence that it links to."""
-    text = _text(folder, CARD)
+def _links(text: str) -> Iterator[str]:
+    """Pictures that a card shows, and the licence that it links to."""
     for match in _SHOWN.finditer(text):
         name = _local(next(group for group in match.groups() if group))
         if name.lower().endswith(_PICTURES):

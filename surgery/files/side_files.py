@@ -74,7 +74,7 @@ def other_files(
         BadSettings: A pattern is that of no file.
     """
     names = tuple(_walk(folder))
-    requirematches(names, include)
+    require_matches(names, include)
     return divided(names, weights, include, folder)
 
 
@@ -83,6 +83,7 @@ def divided(
     weights: Weights,
     include: Sequence[str] = (),
     folder: Path | None = None,
+    card: str | None = None,
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The same of names alone, those of the weight files left aside.
 
@@ -92,11 +93,12 @@ def divided(
         include: As `other_files` takes it.
         folder: Where those of the files lie that say what else is needed: configurations, code
             and the card; none are read without one.
+        card: The text of the base's card, where another has taken its place in the folder.
     """
     own = {*weights.files, weights.entry} - {weights.index}
     listed = [name for name in names if name not in own]
     stale = _of_other_weights(weights)
-    needed = called_for(listed, folder)
+    needed = called_for(listed, folder, card)
     # A folder with weights of its own is another model, or the state of a training.
     apart = {posixpath.dirname(name) for name in listed if is_weights(name)} - {""}
     kept: list[str] = []
@@ -150,7 +152,12 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def requirematches(names: Collection[str], include: Sequence[str]) -> None:
+def is_below(name: str, left: str) -> bool:
+    """Whether a name that was left behind stands for a file: its own, or its folder's with "/"."""
+    return name == left or (left.endswith("/") and name.startswith(left))
+
+
+def require_matches(names: Collection[str], include: Sequence[str]) -> None:
     """Raise BadSettings for a pattern that is that of no file which could be carried."""
     for pattern in include:
         if not any(matches(name, [pattern]) and not is_hidden(name) for name in names):

@@ -16,6 +16,7 @@ from surgery.files.generated import CARD, MANIFEST
 from surgery.files.staging import write_whole
 from surgery.jobs.push import push
 from surgery.outputs.checks import Verification
+from surgery.outputs.hub import Place, upload_files, visible_files
 from surgery.patient.source import resolve
 from surgery.reporter import SILENT, Reporter
 from surgery.training.begin import (
@@ -140,8 +141,6 @@ def _run(
 
 def _push(case: Case, places: Mapping[str, Path | None]) -> None:
     """Upload what was written; an adapter's base goes first, so that the adapter can name it."""
-    import huggingface_hub
-
     reporter = case.patient.reporter
     repo = str(case.recipe.treatment.push)
     model, adapter, base = places[MODEL], places[ADAPTER], places[BASE]
@@ -150,7 +149,7 @@ def _push(case: Case, places: Mapping[str, Path | None]) -> None:
             push(model, repo, reporter=reporter)
         else:
             reporter.say(f"Uploading {model} to {repo}")
-            _upload(huggingface_hub.HfApi(), model, repo)
+            _upload(model, repo, reporter)
     if adapter is not None:
         named = repo if model is None else f"{repo}-adapter"
         if base is not None:
@@ -160,12 +159,9 @@ def _push(case: Case, places: Mapping[str, Path | None]) -> None:
             card = card.replace(f"`{base}`", f"`{named}-base` at revision {pushed.commit}")
             write_whole(adapter / CARD, card.encode())
         reporter.say(f"Uploading {adapter} to {named}")
-        _upload(huggingface_hub.HfApi(), adapter, named)
+        _upload(adapter, named, reporter)
 
 
-def _upload(api: Any, folder: Path, repo: str) -> None:
-    from surgery.outputs.hub import in_one_sentence
-
-    with in_one_sentence(repo):
-        created = api.create_repo(repo, private=True, exist_ok=True)
-        api.upload_folder(repo_id=created.repo_id, folder_path=folder)
+def _upload(folder: Path, repo: str, reporter: Reporter) -> None:
+    files: dict[str, Path | bytes] = {name: folder / name for name in visible_files(folder)}
+    upload_files(Place(repo), files, f"Upload {folder.name}", reporter.say)

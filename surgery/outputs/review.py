@@ -42,13 +42,14 @@ class Review:
             BadCheckpoint: when it cannot be had, or is not the recorded one.
         """
         origin, say = self.manifest.base, self.reporter.say
+        include = self.manifest.settings.include
         if self.base is not None:
-            found = resolve(self.base, say=say)
+            found = resolve(self.base, say=say, include=include)
         elif origin.kind == "hub":
-            found = resolve(origin.name, origin.commit, say=say)
+            found = resolve(origin.name, origin.commit, say, include)
         else:
             try:
-                found = resolve(origin.typed, say=say)
+                found = resolve(origin.typed, say=say, include=include)
             except SurgeryError as error:
                 raise BadCheckpoint(
                     f"the base {origin.typed} is not at hand ({str(error).rstrip('.')}); give it "
