@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import BadSettings
+from surgery.errors import BadSettings, first_line
 from surgery.files.staging import held, remove_stale, replacing, write_whole
 from surgery.files.text import read_json
 from surgery.outputs.plan import check_apart
@@ -39,7 +39,7 @@ def in_one_sentence(output: Path) -> Iterator[None]:
     except Exception as error:
         if not disk_failed(error):
             raise
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         if isinstance(error, RuntimeError):
             reason = "a checkpoint could not be written (is the disk full?)"
         raise BadSettings(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.errors import BadSettings
+from surgery.errors import BadSettings, first_line
 
 Row = Mapping[str, Any]
 Turn = dict[str, str]
@@ -83,8 +83,9 @@ def load_data(recipe: Any) -> tuple[Any, Any]:
                 script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming
             )
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise BadSettings(f"{recipe.name}: the data cannot be loaded: {first}") from error
+        raise BadSettings(
+            f"{recipe.name}: the data cannot be loaded: {first_line(error)}"
+        ) from error
     splits = [script.dataset_train_split]
     if recipe.arguments.eval_strategy != "no":
         splits.append(script.dataset_test_split)
