@@ -173,6 +173,15 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         )
 
 
+def text_settings(config: Any) -> Any:
+    """The part of a loaded configuration that describes the text decoder.
+
+    Raises BadCheckpoint where there is not one of them alone.
+    """
+    with _explained(BadCheckpoint, "config.json does not describe one text decoder"):
+        return config.get_text_config()
+
+
 def load_model(
     folder: Path,
     *,
