@@ -147,10 +147,11 @@ class Patient:
         """The prompts the ME Layer is located with; BadSettings when the text is too short."""
         chosen = self._calibration_texts()[: texts.LOCATING_PROMPTS]
         longest = self._longest(texts.LONGEST_PROMPT)
+        tokens = texts.encode(self.tokenizer, chosen, longest, self.vocabulary)
         prompts = [
-            Prompt(text.kind, self._encoder.text(text), tuple(ids[:longest]))
-            for text, ids in ((text, self._encoder.ids(text)) for text in chosen)
-            if len(ids[:longest]) >= texts.SHORTEST
+            Prompt(text.kind, texts.written(self.tokenizer, text), tuple(ids))
+            for text, ids in zip(chosen, tokens, strict=True)
+            if len(ids) >= texts.SHORTEST
         ]
         if not prompts:
             raise BadSettings("The calibration text is too short to locate an ME Layer on.")
@@ -180,7 +181,7 @@ class Patient:
     def windows(self, chosen: list[Text], limit: int, length: int | None = None) -> list[list[int]]:
         """Texts as sequences of tokens that the model's context holds."""
         longest = self._longest(length or texts.WINDOW)
-        return texts.windows(self._encoder, chosen, longest, limit)
+        return texts.windows(self.tokenizer, chosen, longest, limit, self.vocabulary)
 
     def _calibration_texts(self) -> list[Text]:
         if self.loading.calibration is None:
@@ -194,10 +195,6 @@ class Patient:
 
         found = getattr(text_settings(self.config), "vocab_size", None)
         return found if is_whole(found) else None
-
-    @cached_property
-    def _encoder(self) -> texts.Encoder:
-        return texts.Encoder(self.tokenizer, self.vocabulary)
 
     def _longest(self, wanted: int) -> int:
         from surgery.models.loading import longest_context, text_settings  # import torch

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,9 +151,14 @@ def dataset_texts(name: str, tokens: int) -> list[Text]:
         raise SurgeryError(f"The data set {name} cannot be read: {first_line(error)}") from error
     if not size:
         raise BadSettings(f"The data set {name} holds no text.")
-    written = [row.text.rstrip("\n") for row in rows if not row.turns]
-    joined = [Text("text", "\n".join(written))] if written else []
+    plain = [row.text.rstrip("\n") for row in rows if not row.turns]
+    joined = [Text("text", "\n".join(plain))] if plain else []
     return [*joined, *(row for row in rows if row.turns)]
+
+
+def written(tokenizer: Any, text: Text) -> str:
+    """A text as the model sees it; a conversation as its chat template writes it."""
+    return render(tokenizer, text.turns) if text.turns else text.text
 
 
 class Encoder:
@@ -172,19 +177,15 @@ class Encoder:
         """
         self._tokenizer, self._rows = tokenizer, rows
 
-    def text(self, text: Text) -> str:
-        """A text as the model sees it; a conversation as its chat template writes it."""
-        return render(self._tokenizer, text.turns) if text.turns else text.text
-
     def ids(self, text: Text) -> list[int]:
         """A text's tokens, with the special tokens that the tokenizer or the template adds."""
         # A template writes them into the text, where the tokenizer would add them once more.
-        written = bool(text.turns) and has_template(self._tokenizer)
-        return self._ids(self.text(text), add_special_tokens=not written)
+        by_template = bool(text.turns) and has_template(self._tokenizer)
+        return self._ids(written(self._tokenizer, text), add_special_tokens=not by_template)
 
     def prefix_and_rest(self, text: Text) -> tuple[list[int], list[int]]:
         """What the tokenizer puts in front of every text, and the text's tokens without it."""
-        rendered = self.text(text)
+        rendered = written(self._tokenizer, text)
         plain = self._ids(rendered, add_special_tokens=False)
         prefix = _prefix(self._ids(rendered), plain)
         if text.turns and prefix and plain[: len(prefix)] == prefix:
@@ -197,7 +198,7 @@ class Encoder:
         return found
 
 
-def check_ids(tokenizer: Any, ids: Sequence[int], rows: int | None) -> None:
+def check_ids(tokenizer: Any, ids: Iterable[int], rows: int | None) -> None:
     """Raise BadCheckpoint for a token that has no row in the model's embedding.
 
     Args:
@@ -215,8 +216,31 @@ def check_ids(tokenizer: Any, ids: Sequence[int], rows: int | None) -> None:
     )
 
 
+def encode(
+    tokenizer: Any, texts: Sequence[Text], longest: int, rows: int | None = None
+) -> list[list[int]]:
+    """Each text's tokens, with the tokenizer's special tokens, cut to `longest`.
+
+    Args:
+        tokenizer: The model's own.
+        texts: What to encode.
+        longest: Tokens of a text, at most.
+        rows: Of the model's embedding; None where that is not known.
+
+    Raises:
+        BadCheckpoint: A token has no row in the embedding.
+        BadSettings: A conversation cannot be written as the model would see it.
+    """
+    encoder = Encoder(tokenizer, rows)
+    return [encoder.ids(text)[:longest] for text in texts]
+
+
 def windows(
-    encoder: Encoder, texts: Sequence[Text], length: int = WINDOW, limit: int | None = None
+    tokenizer: Any,
+    texts: Sequence[Text],
+    length: int = WINDOW,
+    limit: int | None = None,
+    rows: int | None = None,
 ) -> list[list[int]]:
     """Texts cut into sequences of at most `length` tokens, each with the usual first token.
 
@@ -224,14 +248,18 @@ def windows(
     sequence, so that each one looks like the beginning of a prompt.
 
     Args:
-        encoder: Of the model.
+        tokenizer: The model's own.
         texts: What to cut.
         length: Tokens of a sequence, at most.
         limit: Tokens after which to stop, with one sequence at least.
+        rows: Of the model's embedding; None where that is not known.
 
     Raises:
-        BadSettings: No text has the tokens of a short sequence.
+        BadCheckpoint: A token has no row in the embedding.
+        BadSettings: No text has the tokens of a short sequence, or a conversation cannot be
+            written as the model would see it.
     """
+    encoder = Encoder(tokenizer, rows)
     found: list[list[int]] = []
     total = 0
     for text in texts:
