@@ -22,9 +22,7 @@ def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def whole(
-    table: Mapping[str, Any], *names: str, default: int | None = None, least: int = 0
-) -> int:
+def whole(table: Mapping[str, Any], *names: str, default: int | None = None, least: int = 0) -> int:
     """The first whole number under some names.
 
     Args:

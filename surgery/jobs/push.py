@@ -9,6 +9,8 @@ from pathlib import Path
 from surgery.errors import VerificationFailed
 from surgery.files.checkpoint import check_links
 from surgery.files.generated import MANIFEST
+from surgery.files.gguf_file import is_gguf
+from surgery.files.paths import expanded
 from surgery.outputs.checks import verify_files
 from surgery.outputs.hub import STALE, Pushed, in_one_sentence, one_file, visible_files
 from surgery.outputs.manifest import read_manifest
@@ -37,8 +39,8 @@ def push(
     """
     import huggingface_hub
 
-    path = Path(folder)
-    if path.suffix == ".gguf" and path.is_file():
+    path = expanded(folder)
+    if is_gguf(path):
         raise one_file(repo, path)
     manifest = read_manifest(path)
     check = verify_files(path, manifest.files)

@@ -85,8 +85,8 @@ class StoredParameters:
         outside = [row for row in rows if not 0 <= row < count]
         if outside:
             raise BadCheckpoint(
-                f"The token id {outside[-1]} has no row in {name}, which has {count}; the tokenizer "
-                "and the weights do not belong together."
+                f"The token id {outside[-1]} has no row in {name}, which has {count}: tokenizer "
+                "and weights do not belong together."
             )
         width = entry.size // count
         runs: list[list[int]] = []

@@ -11,6 +11,7 @@ from pathlib import Path
 from surgery.errors import BadCheckpoint, BadSettings
 from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
 from surgery.files.digests import file_sha256
+from surgery.files.gguf_file import is_gguf
 from surgery.patient.containers import materialised, pickles
 from surgery.patient.hub import cached, download, hub_errors, unreachable
 from surgery.patient.remote import SMALL_FILES, HubRanges
@@ -55,17 +56,25 @@ def resolve(model: str, revision: str | None = None, say: Say = _silent) -> Chec
         origin = Origin("directory", path.resolve().name, model)
         return _from_folder(path, origin, say)
     if path is not None and path.is_file():
-        if path.suffix != ".gguf":
+        if not is_gguf(path):
             raise BadCheckpoint(f"{path} is a file; give a checkpoint folder or a .gguf file.")
+        if revision is not None:
+            raise BadSettings("--revision is for Hub ids; a local file has no revisions.")
         return materialised(path, Origin("gguf", path.stem, model), say)
-    name, _, tag = model.partition("@")
-    if tag and revision is not None and tag != revision:
-        raise BadSettings(f"{model} names a revision and so does --revision {revision}; give one.")
+    name, wanted = _named_revision(model, revision)
     if not _HUB_ID.match(name) or model.startswith((".", "/", "~")) or model.endswith("@"):
         raise BadCheckpoint(
             f"{model} is neither an existing folder or file nor the id of a model on the Hub."
         )
-    return _from_hub(name, tag or revision, model, say)
+    return _from_hub(name, wanted, model, say)
+
+
+def _named_revision(model: str, revision: str | None) -> tuple[str, str | None]:
+    """The name in `name@revision`, and the one revision that was asked for."""
+    name, _, tag = model.partition("@")
+    if tag and revision is not None and tag != revision:
+        raise BadSettings(f"{model} names a revision and so does --revision {revision}; give one.")
+    return name, tag or revision
 
 
 def _from_hub(name: str, revision: str | None, typed: str, say: Say) -> Checkpoint:
@@ -97,10 +106,11 @@ def resolve_light(model: str, revision: str | None = None, say: Say = _silent) -
 
     Its small files are fetched, its headers read, and its weights left to be read by byte range.
     """
-    name, _, tag = model.partition("@")
-    if model == DEMO or _existing(model) or not _HUB_ID.match(name) or model.endswith("@"):
+    if model == DEMO or _existing(model) or model.endswith("@"):
         return resolve(model, revision, say)
-    wanted = tag or revision
+    name, wanted = _named_revision(model, revision)
+    if not _HUB_ID.match(name):
+        return resolve(model, revision, say)
     with hub_errors(name, wanted):
         import huggingface_hub
 

@@ -137,7 +137,9 @@ def _turns(value: Any) -> list[Turn]:
     turns = read_turns(value)
     for number, turn in enumerate(turns, 1):
         if turn["content"] is None and not calls_tools(turn):
-            raise BadSettings(f"Turn {number} of a conversation has neither content nor tool calls.")
+            raise BadSettings(
+                f"Turn {number} of a conversation has neither content nor tool calls."
+            )
     return filled(turns)
 
 
