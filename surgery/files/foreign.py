@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from surgery.errors import BadCheckpoint
 
@@ -17,7 +17,7 @@ from surgery.errors import BadCheckpoint
 _SHOWN = 60
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> TypeGuard[int]:
     """Whether a value is a whole number, which JSON's true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
