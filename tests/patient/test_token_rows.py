@@ -100,7 +100,7 @@ def test_on_the_hub(
     with HubServer(tmp_path / "server") as hub:
         use_hub(hub, monkeypatch, tmp_path / "home")
         hub.add_repo("tester/model", folder)
-        names_all(run("analyze", "tester/model", "-q").sentence())
+        names_all(run("analyze", "tester/model", "-q").stderr.splitlines()[-1])
         words = ("--push-to-hub", "tester/out", "--remote", "-q")
         # Beside the bar of the download.
         names_all(run("convert", "tester/model", *words).stderr.splitlines()[-1])
@@ -121,6 +121,8 @@ def added_word(folder: Path, **special: str) -> Path:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([TOKEN], special_tokens=True)
     tokenizer.add_special_tokens(special)
+    # Of an earlier release, and read before what is saved now.
+    (folder / "special_tokens_map.json").unlink(missing_ok=True)
     tokenizer.save_pretrained(folder)
     return folder
 
