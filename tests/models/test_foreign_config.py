@@ -222,7 +222,10 @@ def test_a_context_of_almost_nothing(tiny_copy: Any, run: Any, context: int) -> 
     folder = tiny_copy()
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"max_position_embeddings": context}))
-    assert "too short" in run("convert", folder, "--layer", 3, "-o", folder.parent / "o", "-q").sentence()
+    assert (
+        "too short"
+        in run("convert", folder, "--layer", 3, "-o", folder.parent / "o", "-q").sentence()
+    )
     assert "too short" in run("analyze", folder, "-q").sentence()
 
 
