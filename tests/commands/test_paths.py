@@ -73,11 +73,16 @@ def test_names_of_gguf_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cut.GGUF", "0a1b2c"])
-def test_a_gguf_by_its_first_bytes(small_gguf: Path, tmp_path: Path, run: Run, name: str) -> None:
+def test_a_gguf_by_its_first_bytes(
+    small_gguf: Path, tmp_path: Path, run: Run, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gguf_cut import LAYER  # needs gguf, as the fixture does
+
+    monkeypatch.setenv("SURGERY_CACHE", str(tmp_path / "cache"))  # not read under another name
     source = tmp_path / name
     shutil.copyfile(small_gguf, source)
     output = tmp_path / "out.GGUF"
-    run("convert", source, "--layer", 3, "--no-check", "-o", output).ok()
+    run("convert", source, "--layer", LAYER, "--no-check", "-o", output).ok()
     assert output.is_file()
     run("inspect", output).ok()
     run("revert", output, "-o", tmp_path / "back.GGUF").ok()
