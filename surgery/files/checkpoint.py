@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
+from surgery.files.gguf_file import is_gguf
 from surgery.files.ranges import LocalFiles, Ranges
 from surgery.files.safetensors_file import TensorEntry, parse_header
 from surgery.files.side_files import other_files
@@ -89,7 +90,7 @@ class Checkpoint:
     @property
     def gguf(self) -> Path | None:
         """The .gguf file, or first shard, that all of it was read from."""
-        return next((path for path in self.made_from if path.suffix == ".gguf"), None)
+        return next((path for path in self.made_from if is_gguf(path)), None)
 
     @property
     def model_type(self) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import BadCheckpoint
+from surgery.files.foreign import words
 from surgery.files.paths import is_plain_name
 
 SINGLE = "model.safetensors"
@@ -117,7 +118,7 @@ def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def method_of(config: Mapping[str, Any]) -> str:
     """The name of the method, such as fp8 or gptq; empty for plain weights."""
     found = quantisation(config)
-    return "" if found is None else str(found.get("quant_method", "unknown method"))
+    return "" if found is None else words(found, "quant_method", "unknown method")
 
 
 def require_described(

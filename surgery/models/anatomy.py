@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
 from surgery.files.checkpoint import Checkpoint
+from surgery.files.foreign import is_whole, whole
 from surgery.files.weights import method_of
 from surgery.models.families import Family, Mixer, family_of
 from surgery.models.names import layers_prefix
@@ -120,8 +121,8 @@ def is_multimodal(config: Mapping[str, Any]) -> bool:
 def _positive(config: Mapping[str, Any], *names: str) -> int:
     for name in names:
         value = config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
+        if is_whole(value) and value > 0:
+            return int(value)
     raise BadCheckpoint(f"config.json has no usable {names[0]}.")
 
 
@@ -164,7 +165,7 @@ def _modules(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
         for name, value in block.items():
             if isinstance(value, Mapping):
                 blocks.append(value)
-            elif isinstance(value, int) and name.endswith(("layer", "layers", "depth", "experts")):
+            elif is_whole(value) and name.endswith(("layer", "layers", "depth", "experts")):
                 yield name, value
 
 
@@ -251,7 +252,7 @@ def _mixer_at(checkpoint: Checkpoint, family: Family, stored: str, layer: int) -
     possible = [
         mixer
         for mixer in family.all_mixers
-        if not mixer.last or from_end <= int(config.get(mixer.last) or 0)
+        if not mixer.last or from_end <= whole(config, mixer.last, default=0)
     ]
 
     def held(mixer: Mixer) -> list[bool]:

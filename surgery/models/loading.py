@@ -44,8 +44,7 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which the meta device, for one, cannot
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0] if str(error) else "unavailable"
-        raise BadSettings(f"The device {name!r} cannot be used: {first}") from error
+        raise BadSettings(f"The device {name!r} cannot be used: {first_line(error)}") from error
     return device
 
 
@@ -176,6 +175,15 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         )
 
 
+def text_settings(config: Any) -> Any:
+    """The part of a loaded configuration that describes the text decoder.
+
+    Raises BadCheckpoint where there is not one of them alone.
+    """
+    with _explained(BadCheckpoint, "config.json does not describe one text decoder"):
+        return config.get_text_config()
+
+
 def load_model(
     folder: Path,
     *,
@@ -205,6 +213,12 @@ def load_model(
             stored=_stored(folder),
             dtype=getattr(torch, dtype),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # it would log which they are, and raise without a name
+        )
+    for name, stored, described in sorted(info.get("mismatched_keys", ()), key=str):
+        raise BadCheckpoint(
+            f"{folder}: {name} is stored with the shape {list(stored)}, but config.json describes "
+            f"{list(described)}."
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -310,11 +324,20 @@ def refuse_remote_code(folder: Path, trusted: bool) -> None:
         )
 
 
+# What holds a tokenizer's words, by whatever library it was made.
+_TOKENIZERS = ("tokenizer*", "*vocab*", "*.model", "*.spm", "*.tiktoken", "tekken.json")
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder; BadCheckpoint when there is none that loads."""
     from transformers import AutoTokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        raise BadCheckpoint(
+            f"The tokenizer in {folder} cannot be loaded: there is none, such as tokenizer.json; "
+            "put the model's own beside its weights."
+        )
     with _explained(BadCheckpoint, f"The tokenizer in {folder} cannot be loaded"):
         return AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -336,6 +359,6 @@ def longest_context(config: Any, wanted: int) -> int:
     """`wanted`, or less where the model takes fewer positions."""
     for name in ("max_position_embeddings", "n_positions"):
         value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return min(wanted, value)
     return wanted

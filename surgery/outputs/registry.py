@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from surgery.errors import BadCheckpoint
+from surgery.files.gguf_file import names_gguf
 from surgery.outputs.adapter import Adapter
 from surgery.outputs.base import Output
 from surgery.outputs.folder import Folder
@@ -19,7 +20,7 @@ OUTPUTS: tuple[Output, ...] = (Folder(), Trained(), Adapter(), Gguf(), GgufAdapt
 
 def output_for(form: str, target: Path | None) -> Output:
     """The kind of output that `--as` and the name of the output ask for."""
-    if form == Folder.name and target is not None and target.suffix == ".gguf":
+    if form == Folder.name and target is not None and names_gguf(target):
         form = Gguf.name
     return next(kind for kind in OUTPUTS if kind.name == form)
 

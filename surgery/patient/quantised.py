@@ -27,6 +27,7 @@ from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
 from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
 from surgery.files.digests import file_sha256
+from surgery.files.foreign import block, whole, words
 from surgery.files.safetensors_file import write_safetensors
 from surgery.files.text import write_text
 from surgery.files.weights import INDEX, SINGLE, method_of, quantisation
@@ -85,7 +86,7 @@ def gptq(parts: Parts, settings: Mapping[str, Any]) -> Weight:
 
 def awq(parts: Parts, settings: Mapping[str, Any]) -> Weight:
     """scales (q − z), with the columns of each group of eight in AWQ's own order."""
-    bits = int(settings.get("bits", settings.get("w_bit", 4)))
+    bits = int(settings.get("bits", 4))
 
     def unpacked(packed: Array) -> NDArray[np.int32]:
         columns = unpack_columns(np.ascontiguousarray(packed), bits)
@@ -237,21 +238,27 @@ def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
     if method not in FORMATS:
         raise Unsupported(refusal(method))
     if method == "compressed-tensors":
-        weights = [
-            group.get("weights") or {} for group in (found.get("config_groups") or {}).values()
-        ]
-        bits = {scheme.get("num_bits") for scheme in weights}
-        if found.get("format") == "pack-quantized" and (len(bits) != 1 or bits - {4, 8}):
-            raise Unsupported(refusal(f"compressed-tensors in {bits} bits"))
-        if found.get("sparsity_config") or str(found.get("format", "")).startswith(("nvfp", "mx")):
-            raise Unsupported(refusal(f"compressed-tensors ({found.get('format')})"))
+        groups = block(found, "config_groups")
+        weights = [block(block(groups, name), "weights") for name in groups]
+        bits = {whole(scheme, "num_bits", default=0) for scheme in weights}
+        layout = words(found, "format")
+        if layout == "pack-quantized" and (len(bits) != 1 or bits - {4, 8}):
+            many = ", ".join(str(number) for number in sorted(bits)) or "no"
+            raise Unsupported(refusal(f"compressed-tensors in {many} bits"))
+        if found.get("sparsity_config") or layout.startswith(("nvfp", "mx")):
+            raise Unsupported(refusal(f"compressed-tensors ({layout})"))
         return {"bits": next(iter(bits), 8)}
     if method in ("gptq", "awq"):
-        bits_here = int(found.get("bits", found.get("w_bit", 4)))
-        layout = str(found.get("version", "gemm")).lower()
+        bits_here = whole(found, "bits", "w_bit", default=4)
+        layout = words(found, "version", "gemm").lower()
         known = (2, 4, 8) if method == "gptq" else (4,)
         if bits_here not in known or (method == "awq" and layout != "gemm"):
             raise Unsupported(refusal(f"{method} ({layout}, {bits_here} bits)"))
+        if method == "gptq":
+            whole(found, "group_size", least=-1)
+            words(found, "checkpoint_format")
+        # With the number of bits that was checked, whichever name it had.
+        return {**found, "bits": bits_here}
     return found
 
 

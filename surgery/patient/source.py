@@ -11,6 +11,7 @@ from pathlib import Path
 from surgery.errors import BadCheckpoint, BadSettings
 from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint, weights_in
 from surgery.files.digests import file_sha256
+from surgery.files.gguf_file import is_gguf
 from surgery.files.text import read_json
 from surgery.files.weights import ADAPTER_CONFIG, PACKING, method_of
 from surgery.patient.containers import materialised
@@ -68,8 +69,10 @@ def resolve(
         origin = Origin("directory", path.resolve().name, model)
         return _from_folder(path, origin, say, include)
     if path is not None and path.is_file():
-        if path.suffix != ".gguf":
+        if not is_gguf(path):
             raise BadCheckpoint(f"{path} is a file; give a checkpoint folder or a .gguf file.")
+        if revision is not None:
+            raise BadSettings("--revision is for Hub ids; a local file has no revisions.")
         return materialised(path, Origin("gguf", path.stem, model), say, include)
     name, wanted = _on_hub(model, revision)
     folder = download(name, wanted, say, include)

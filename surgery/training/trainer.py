@@ -31,6 +31,7 @@ from surgery.reporter import Reporter
 from surgery.training.data import load_data
 from surgery.training.lora import closed
 from surgery.training.recipe import Recipe, in_a_line
+from surgery.training.tokens import check_tokens
 
 # The figures of the mask, by the names they have in logs and trackers.
 ENERGY = "mask_energy"
@@ -152,6 +153,7 @@ def train(
             trainer = _trainer(
                 recipe, model, tokenizer, train_rows, evaluation_rows, figures, gates
             )
+            check_tokens(trainer)
         stack.enter_context(gated(trainer.model) if gates else nullcontext())
         stack.enter_context(closed(trainer.model, closed_inputs))
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
