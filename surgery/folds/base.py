@@ -106,7 +106,6 @@ class Fold(ABC):
             edit for layer in mask.layers for edit in self.layer_edits(anatomy, mask, layer, known)
         )
 
-
     def _require_directions(self, mask: Mask, calibration: Calibration) -> None:
         for layer in mask.layers:
             found = calibration.directions.get(layer)
