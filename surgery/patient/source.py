@@ -52,7 +52,7 @@ def resolve(
     if model == DEMO:
         origin = Origin("gguf", DEMO_NAME, DEMO, note=_DEMO_NOTE)
         return materialised(_demo_file(), origin, say, include)
-    path = _existing(model)
+    path = existing(model)
     if path is not None and path.is_dir():
         if revision is not None:
             raise BadSettings("--revision is for Hub ids; a local folder has no revisions.")
@@ -79,7 +79,7 @@ def _from_hub(
     return _from_folder(folder, Origin("hub", name, typed, commit=folder.name), say, include)
 
 
-def _existing(model: str) -> Path | None:
+def existing(model: str) -> Path | None:
     """What is at a path that a user typed; None when nothing is, or it cannot be a path."""
     try:
         path = Path(model).expanduser()
@@ -106,7 +106,7 @@ def resolve_light(
     Its small files are fetched, its headers read, and its weights left to be read by byte range.
     """
     name, _, tag = model.partition("@")
-    if model == DEMO or _existing(model) or not _HUB_ID.match(name) or model.endswith("@"):
+    if model == DEMO or existing(model) or not _HUB_ID.match(name) or model.endswith("@"):
         return resolve(model, revision, say, include)
     wanted = tag or revision
     with hub_errors(name, wanted):
