@@ -8,12 +8,13 @@ from pathlib import Path
 
 from surgery.errors import BadSettings
 from surgery.files.checkpoint import check_links
-from surgery.files.generated import CARD, FIGURE, MANIFEST
+from surgery.files.generated import CARD, FIGURE, LOSS_FIGURE, MANIFEST
 from surgery.files.gguf_file import is_gguf
 from surgery.files.paths import expanded
 from surgery.files.staging import write_whole
 from surgery.outputs.card import front_matter, render_card
 from surgery.outputs.manifest import write_manifest
+from surgery.outputs.places import shown_data, shown_origin, shown_settings
 from surgery.outputs.records import FileRecord
 from surgery.outputs.registry import opened
 from surgery.outputs.results import results_for
@@ -43,8 +44,20 @@ def refresh_card(folder: str | Path, *, results: str | Path | None = None) -> Pa
     known = {record.name: record.sha256 for record in manifest.files}
     if results is not None:
         manifest = replace(manifest, results=results_for(expanded(results), known))
-    figure = (path / FIGURE).is_file()
-    card = render_card(manifest, front_matter(path / CARD), kind.card, figure=figure).encode()
+    # An earlier version wrote down paths as they were typed.
+    manifest = replace(
+        manifest,
+        base=shown_origin(manifest.base),
+        settings=shown_settings(manifest.settings, manifest.base),
+        training=shown_data(manifest.training),
+    )
+    card = render_card(
+        manifest,
+        front_matter(path / CARD),
+        kind.card,
+        figure=(path / FIGURE).is_file(),
+        loss_figure=(path / LOSS_FIGURE).is_file(),
+    ).encode()
     if CARD not in known:
         raise BadSettings(f"{path} was not written with a card.")
     write_whole(path / CARD, card)

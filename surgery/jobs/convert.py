@@ -15,6 +15,7 @@ from surgery.models.anatomy import depth_of, width_of
 from surgery.outputs.base import Request
 from surgery.outputs.operation import decide
 from surgery.outputs.pipeline import Conversion, carry_out
+from surgery.outputs.places import remember
 from surgery.outputs.registry import output_for
 from surgery.patient.patient import Patient
 from surgery.patient.source import resolve
@@ -97,7 +98,10 @@ def convert(
         dequantise=not settings.needs_no_weights,
     )
     operation = decide(patient, settings, mask=mask, emergence=emergence)
-    return carry_out(operation, kind, target, overwrite=overwrite, dry_run=dry_run)
+    made = carry_out(operation, kind, target, overwrite=overwrite, dry_run=dry_run)
+    if made.manifest is not None:
+        remember(made.manifest, checkpoint, settings.calibration)
+    return made
 
 
 def _default_name(checkpoint: Checkpoint, settings: Settings) -> tuple[str, list[str]]:

@@ -32,7 +32,7 @@ from surgery.training.begin import (
 from surgery.training.case import Case, make_case, revision_of
 from surgery.training.lora import name_base
 from surgery.training.masks import choose_masks, read_masks
-from surgery.training.products import finish
+from surgery.training.products import finish, own_base
 from surgery.training.recipe import Recipe, parse_recipe, read_recipe
 from surgery.training.smoke import make_small
 from surgery.training.trainer import Trained, train
@@ -157,7 +157,9 @@ def _push(case: Case, places: Mapping[str, Path | None]) -> None:
             pushed = push(base, f"{named}-base", reporter=reporter)
             name_base(adapter, f"{named}-base", pushed.commit)
             card = (adapter / CARD).read_text(encoding="utf-8")
-            card = card.replace(f"`{base}`", f"`{named}-base` at revision {pushed.commit}")
+            card = card.replace(
+                f"`{own_base(case.output)}`", f"`{named}-base` at revision {pushed.commit}"
+            )
             write_whole(adapter / CARD, card.encode())
         reporter.say(f"Uploading {adapter} to {named}")
         _upload(adapter, named, reporter)

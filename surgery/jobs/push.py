@@ -15,6 +15,7 @@ from surgery.files.side_files import divided, is_below
 from surgery.outputs.checks import verify_files
 from surgery.outputs.hub import Place, Pushed, one_file, upload_files, visible_files
 from surgery.outputs.manifest import Manifest, manifest_text, read_manifest
+from surgery.outputs.places import is_of_this_machine
 from surgery.outputs.undo import unpack_file
 from surgery.reporter import SILENT, Reporter
 
@@ -54,6 +55,12 @@ def push(
             f"{path} will not be pushed: {strange} is not in its manifest; take it away, or upload "
             "it yourself afterwards."
         )
+    named = next(filter(is_of_this_machine, _typed(manifest)), None)
+    if named is not None:
+        raise VerificationFailed(
+            f"{path} will not be pushed: its manifest and card name {named}, a path of this "
+            f"machine; run surgery card {path}, which writes both without it."
+        )
     sent = _sent(path, manifest)
     if kept := [name for name in sent.left_out if name in known]:
         reporter.say(f"Not sent, because no loader of a model needs it: {', '.join(kept)}")
@@ -62,6 +69,12 @@ def push(
     place = Place(repo, public=public, revision=revision, create_pr=create_pr)
     told = message or f"Upload {path.name}, made by {manifest.tool}"
     return upload_files(place, files, told, reporter.say)
+
+
+def _typed(manifest: Manifest) -> list[str]:
+    """What a user typed, which an earlier version wrote down as it was."""
+    settings = manifest.settings
+    return [manifest.base.typed, settings.model, settings.calibration or ""]
 
 
 def _sent(path: Path, manifest: Manifest) -> Manifest:

@@ -68,7 +68,8 @@ def reproduce(
     found = review.checkpoint.origin
     options = {known.name: getattr(settings, known.name) for known in fields(Settings)}
     options |= {
-        "model": base or (origin.name if origin.kind == "hub" else origin.typed),
+        "model": review.source,
+        "calibration": review.calibration,
         "revision": found.commit if found.kind == "hub" else None,
     }
     with temporary_sibling(path.with_name(f"{path.name}.again")) as temporary:

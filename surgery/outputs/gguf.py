@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from surgery.errors import BadSettings, Unsupported
@@ -97,7 +96,8 @@ class Gguf(Output):
             verification = Verification(tuple(checks))
             verification.require()
             reporter.show(verification)
-        return verification, replace(manifest, verification=verification.as_dict())
+        # As it is in the file, which was complete before anything about it was proven.
+        return verification, manifest
 
     def _behaviour(self, written: Sequence[Path], patient: Patient, mask: Mask) -> list[Check]:
         """The written file, dequantised by transformers, against the base under hooks."""

@@ -79,7 +79,8 @@ class GgufAdapter(Output):
             verification = Verification((_verify(path, architecture, updates, strength),))
             verification.require()
             patient.reporter.show(verification)
-        return verification, replace(manifest, verification=verification.as_dict())
+        # As it is in the file, which was complete before anything about it was proven.
+        return verification, manifest
 
     def wrote(self, manifest: Manifest, path: Path) -> bool:
         return manifest.settings.form == self.name

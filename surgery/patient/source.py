@@ -62,7 +62,7 @@ def resolve(
     if model == DEMO:
         origin = Origin("gguf", DEMO_NAME, DEMO, note=_DEMO_NOTE)
         return materialised(_demo_file(), origin, say, include)
-    path = _existing(model)
+    path = existing(model)
     if path is not None and path.is_dir():
         if revision is not None:
             raise BadSettings("--revision is for Hub ids; a local folder has no revisions.")
@@ -96,7 +96,7 @@ def _on_hub(model: str, revision: str | None) -> tuple[str, str | None]:
     return name, tag or revision
 
 
-def _existing(model: str) -> Path | None:
+def existing(model: str) -> Path | None:
     """What is at a path that a user typed; None when nothing is, or it cannot be a path."""
     try:
         path = Path(model).expanduser()
@@ -132,7 +132,7 @@ def resolve_light(
 
     Its small files are fetched, its headers read, and its weights left to be read by byte range.
     """
-    if model == DEMO or _existing(model):
+    if model == DEMO or existing(model):
         return resolve(model, revision, say, include)
     name, wanted = _on_hub(model, revision)
     with hub_errors(name, wanted):
