@@ -12,6 +12,7 @@ from surgery.files.checkpoint import Checkpoint, Origin, check_links, open_check
 from surgery.files.descriptors import read_at
 from surgery.files.digests import file_sha256
 from surgery.files.generated import GENERATED
+from surgery.files.side_files import is_hidden
 from surgery.folds.edits import Edit
 from surgery.outputs.records import CheckRecord, FileRecord, VerificationRecord
 from surgery.outputs.write import edited_blocks
