@@ -84,7 +84,9 @@ ABOUT_THEM = "not (calls_that_copy or short_reads or write_back or umask or pipe
 @pytest.mark.full
 def test_the_tests_of_bytes() -> None:
     done = without(
-        *("-m", "pytest", "-q", "-x", "-p", "as_on_windows", "-p", "no:cacheprovider"),
+        # What is captured must be in memory: pytest removes the file of it while it is open.
+        *("-m", "pytest", "-q", "-x", "--capture=sys", "-p", "as_on_windows"),
+        *("-p", "no:cacheprovider"),
         *("-k", ABOUT_THEM, *BYTES),
     )
     assert done.returncode == 0, done.stdout[-3000:]
