@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from surgery.commands.options import LOADING, output_options, settings
+from surgery.commands.options import LOADING, UserPath, output_options, settings
 
 
 @click.command()
@@ -16,7 +16,7 @@ from surgery.commands.options import LOADING, output_options, settings
 @click.option(
     "--output",
     "-o",
-    type=click.Path(path_type=Path),
+    type=UserPath(path_type=Path),
     help="Folder to write, or .gguf file if MODEL is one.  [default: ./<name>-wemask-<settings>]",
 )
 @settings(*LOADING, "seed", "check", "check_tokens", "calibration_tokens", "max_degradation")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from surgery.commands.options import output_options
+from surgery.commands.options import UserPath, output_options
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=UserPath(path_type=Path))
 @click.argument("repo")
 @click.option("--public", is_flag=True, help="Create the repository public instead of private.")
 @click.option("--revision", help="Branch to upload to; created when missing.")

@@ -15,25 +15,12 @@ from numpy.typing import NDArray
 
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
-from surgery.files.paths import is_plain_name
+from surgery.files.gguf_file import is_gguf
 from surgery.files.ranges import LocalFiles, Ranges
 from surgery.files.safetensors_file import TensorEntry, parse_header
-from surgery.files.side_files import INDEX, carried, divided, other_files
+from surgery.files.side_files import other_files
 from surgery.files.text import read_json
-
-__all__ = [
-    "INDEX",
-    "SINGLE",
-    "Checkpoint",
-    "Origin",
-    "carried",
-    "check_links",
-    "divided",
-    "open_checkpoint",
-    "other_files",
-]
-
-SINGLE = "model.safetensors"
+from surgery.files.weights import Weights, choose, require_described
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +54,7 @@ class Checkpoint:
         folder: Where its side files lie, and its weight files too unless they are `remote`.
         origin: Where it came from.
         config: Its config.json.
-        weight_files: Names of the files that hold its tensors.
+        weights: Which files hold its tensors.
         tensors: Its tensors by name.
         side_files: Names of the other files that belong to it, with "/" between folders.
         left_out: Names of files that do not, such as further copies of the weights.
@@ -81,7 +68,7 @@ class Checkpoint:
     folder: Path
     origin: Origin
     config: Mapping[str, Any]
-    weight_files: tuple[str, ...]
+    weights: Weights
     tensors: Mapping[str, TensorEntry]
     side_files: tuple[str, ...]
     left_out: tuple[str, ...] = ()
@@ -91,6 +78,11 @@ class Checkpoint:
     made_from: tuple[Path, ...] = ()
 
     @property
+    def weight_files(self) -> tuple[str, ...]:
+        """Names of the files that hold its tensors."""
+        return self.weights.files
+
+    @property
     def sources(self) -> tuple[Path, ...]:
         """Folders and files that nothing may be written into."""
         return (self.folder, *self.made_from)
@@ -98,7 +90,7 @@ class Checkpoint:
     @property
     def gguf(self) -> Path | None:
         """The .gguf file, or first shard, that all of it was read from."""
-        return next((path for path in self.made_from if path.suffix == ".gguf"), None)
+        return next((path for path in self.made_from if is_gguf(path)), None)
 
     @property
     def model_type(self) -> str:
@@ -135,8 +127,24 @@ class Checkpoint:
         return self.remote if self.remote is not None else LocalFiles(self.folder)
 
 
+def weights_in(folder: Path) -> Weights:
+    """The weights that stock transformers takes from a folder; BadCheckpoint without any."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+
+    def read(name: str) -> Any:
+        check_links(folder, (name,))
+        return read_json(folder / name)
+
+    config = read("config.json") if "config.json" in names else {}
+    return choose(names, read, str(folder), config)
+
+
 def open_checkpoint(
-    folder: Path, origin: Origin, remote: Ranges | None = None, include: Sequence[str] = ()
+    folder: Path,
+    origin: Origin,
+    remote: Ranges | None = None,
+    weights: Weights | None = None,
+    include: Sequence[str] = (),
 ) -> Checkpoint:
     """Describe the safetensors checkpoint in a folder, or one whose weights are `remote`.
 
@@ -144,6 +152,7 @@ def open_checkpoint(
         folder: Where it lies.
         origin: Where it came from.
         remote: What reads its weight files, where they are not in `folder`.
+        weights: Which these are; by default those that transformers takes from the folder.
         include: Patterns of side files to carry beyond the usual ones.
 
     Raises:
@@ -156,17 +165,19 @@ def open_checkpoint(
             f"{folder} has no config.json, so it is not a Hugging Face checkpoint; "
             "give a folder or a Hub id that holds one."
         )
-    check_links(folder, ("config.json", INDEX))
+    check_links(folder, ("config.json",))
     config = read_json(folder / "config.json")
-    weight_files, weight_map = _weight_files(folder)
+    weights = weights or weights_in(folder)
+    if weights.pickled:
+        raise BadCheckpoint(f"{folder} holds {weights.entry}, and no safetensors.")
+    weight_files = weights.files
     check_links(folder, weight_files)
-    if remote is None and weight_map is None and not (folder / SINGLE).is_file():
-        raise BadCheckpoint(_missing_weights(folder))
     ranges = remote if remote is not None else LocalFiles(folder)
     tensors = _tensors(ranges, weight_files)
-    if weight_map is not None:
-        _compare_index(weight_map, tensors)
-    side_files, left_out = other_files(folder, set(weight_files), include if remote is None else ())
+    if weights.weight_map is not None:
+        _compare_index(weights.weight_map, tensors)
+    side_files, left_out = other_files(folder, weights, include if remote is None else ())
+    require_described(tensors, config, left_out, str(folder))
     check_links(folder, side_files)
     for name in side_files:
         path = folder / name
@@ -180,7 +191,7 @@ def open_checkpoint(
         folder,
         origin,
         config,
-        weight_files,
+        weights,
         tensors,
         side_files,
         left_out,
@@ -216,27 +227,6 @@ def check_links(folder: Path, names: Iterable[str]) -> None:
                 f"{folder / name} is a link out of its checkpoint, to {target}; put the file "
                 "itself there."
             )
-
-
-def _weight_files(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
-    index = folder / INDEX
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise BadCheckpoint(f"{index} has no weight_map.")
-        for name in weight_map.values():
-            if not isinstance(name, str) or not is_plain_name(name):
-                raise BadCheckpoint(
-                    f"{index} names the file {name!r}, which is not a plain file name beside it."
-                )
-        return tuple(sorted(set(weight_map.values()))), weight_map
-    return (SINGLE,), None
-
-
-def _missing_weights(folder: Path) -> str:
-    if any(folder.glob("model-*-of-*.safetensors")):
-        return f"{folder} has shards but no {INDEX}; fetch the index too."
-    return f"{folder} holds no {SINGLE} and no {INDEX}."
 
 
 def _compare_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:

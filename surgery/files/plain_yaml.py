@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
+from surgery.errors import first_line
+
 # Python refuses to print numbers that are much longer.
 _BITS = 1024
 # Values that the metadata of a card may have, its aliases spelled out.
@@ -37,7 +39,7 @@ def load(text: str, *, as_the_hub: bool = False, lenient: bool = False) -> Any:
 
 def _line(error: Any) -> str:
     mark = getattr(error, "problem_mark", None)
-    problem = str(getattr(error, "problem", None) or error).strip().splitlines()[0]
+    problem = str(getattr(error, "problem", None) or "").strip() or first_line(error)
     return f"{problem} (line {mark.line + 1})" if mark else problem
 
 

@@ -18,8 +18,7 @@ from pathlib import Path
 from surgery.errors import BadCheckpoint, BadSettings
 from surgery.files.generated import CARD, FIGURE, LOSS_FIGURE, MANIFEST
 from surgery.files.needed_files import called_for
-
-INDEX = "model.safetensors.index.json"
+from surgery.files.weights import ADAPTER_CONFIG, INDEX, PACKING, Weights
 
 # A second copy of the weights in another container would silently stay unedited.
 _WEIGHTS = re.compile(
@@ -58,13 +57,13 @@ _GENERATION = ("custom_generate/generate.py", "custom_generate/requirements.txt"
 
 
 def other_files(
-    folder: Path, weights: Collection[str], include: Sequence[str] = ()
+    folder: Path, weights: Weights, include: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Files of a folder to carry beside its weight files, and those to leave behind.
 
     Args:
         folder: Of the checkpoint.
-        weights: Names of its weight files.
+        weights: Which files these are.
         include: Patterns of further files to carry, as a shell has them; "*" spans folders.
 
     Returns:
@@ -81,7 +80,7 @@ def other_files(
 
 def divided(
     names: Iterable[str],
-    weights: Collection[str],
+    weights: Weights,
     include: Sequence[str] = (),
     folder: Path | None = None,
     card: str | None = None,
@@ -90,24 +89,28 @@ def divided(
 
     Args:
         names: Of the files, with "/" between folders.
-        weights: Of the weight files.
+        weights: Which of the files these are.
         include: As `other_files` takes it.
         folder: Where those of the files lie that say what else is needed: configurations, code
             and the card; none are read without one.
         card: The text of the base's card, where another has taken its place in the folder.
     """
-    listed = [name for name in names if name not in weights]
+    own = {*weights.files, weights.entry} - {weights.index}
+    listed = [name for name in names if name not in own]
+    stale = _of_other_weights(weights)
     needed = called_for(listed, folder, card)
     # A folder with weights of its own is another model, or the state of a training.
-    apart = {posixpath.dirname(name) for name in listed if _is_weights(name)} - {""}
+    apart = {posixpath.dirname(name) for name in listed if is_weights(name)} - {""}
     kept: list[str] = []
     left: dict[str, None] = {}
     for name in listed:
-        if is_hidden(name):
+        if name == weights.index:
+            kept.append(name)
+        elif is_hidden(name) or name in stale:
             left[_as_a_whole(name)] = None
         elif (
             name in needed
-            or _matches(name, include)
+            or matches(name, include)
             or (carried(name) and posixpath.dirname(name) not in apart)
         ):
             kept.append(name)
@@ -116,14 +119,24 @@ def divided(
     return tuple(kept), tuple(left)
 
 
+def _of_other_weights(weights: Weights) -> set[str]:
+    """Names of files that would make some library load other weights than these, or more.
+
+    An index of shards that are not taken; the settings of an adapter, which transformers with peft
+    would put on the model; those of packed weights, beside plain ones.
+    """
+    stale = {INDEX, ADAPTER_CONFIG}
+    return stale if weights.quantised else stale | {PACKING}
+
+
 def carried(name: str) -> bool:
     """Whether a file that is no weight file of a checkpoint belongs to it, by its path alone."""
     folder, base = posixpath.split(name)
-    if name == INDEX or name in (CARD, MANIFEST, FIGURE, LOSS_FIGURE) or name in _GENERATION:
+    if name in (CARD, MANIFEST, FIGURE, LOSS_FIGURE) or name in _GENERATION:
         return True
     if is_hidden(name) or any(_is_closed(part) for part in folder.split("/") if part):
         return False
-    if _is_weights(base):
+    if is_weights(base):
         return False
     if _TEMPLATE.fullmatch(base):
         return folder in ("", _TEMPLATES) or "chat_template" in base
@@ -147,19 +160,26 @@ def is_below(name: str, left: str) -> bool:
 def require_matches(names: Collection[str], include: Sequence[str]) -> None:
     """Raise BadSettings for a pattern that is that of no file which could be carried."""
     for pattern in include:
-        if not any(_matches(name, [pattern]) and not is_hidden(name) for name in names):
+        if not any(matches(name, [pattern]) and not is_hidden(name) for name in names):
             raise BadSettings(
                 f"--include {pattern} is the pattern of no file in the base (hidden files are "
                 "never carried); give another, or leave it out."
             )
 
 
-def _matches(name: str, include: Sequence[str]) -> bool:
+def matches(name: str, include: Sequence[str]) -> bool:
+    """Whether a file has one of the patterns of --include."""
     return not name.endswith("/") and any(fnmatchcase(name, pattern) for pattern in include)
 
 
-def _is_weights(name: str) -> bool:
+def is_weights(name: str) -> bool:
+    """Whether a file is one of weights, in whatever format, by its path alone."""
     return bool(_WEIGHTS.search(name.rsplit("/", 1)[-1]))
+
+
+def is_other_format(name: str) -> bool:
+    """Whether a file lies in a folder of the model in another format, by its path alone."""
+    return "/" in name and name.split("/", 1)[0] in _OTHER_FORMATS
 
 
 def _is_closed(folder: str) -> bool:

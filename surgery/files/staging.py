@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -154,8 +155,7 @@ def put(folder: Path, output: Path) -> None:
     if not os.path.lexists(output):
         os.rename(folder, output)
     elif not _exchange(folder, output):
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=_OLD, dir=output.parent))
-        old.rmdir()  # a POSIX system alone renames to the name of an empty folder
+        old = output.with_name(f".{output.name}.{secrets.token_hex(4)}{_OLD}")
         os.rename(output, old)
         try:
             os.rename(folder, output)
@@ -170,17 +170,48 @@ def put(folder: Path, output: Path) -> None:
 def write_whole(path: Path, raw: bytes) -> None:
     """Write a file that is the earlier one or the whole new one, wherever the process ends.
 
-    A link of that name is replaced, not followed. What fails leaves nothing behind.
+    A link of that name is replaced, not followed. What fails leaves nothing behind. Of several who
+    write one file at a time, threads or processes, each writes all of its own, and the last stays.
     """
-    part = path.with_name(f".{path.name}{_PART}")
-    part.unlink(missing_ok=True)
-    try:
-        with open(part, "xb") as file:
-            file.write(raw)
+    _remove_abandoned_parts(path)
+    with _locked_part(path) as part:
+        part.write_bytes(raw)
         os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+
+
+@contextmanager
+def _locked_part(path: Path) -> Iterator[Path]:
+    """A new file beside `path` of a name that nobody else has, removed unless it was renamed."""
+    with ExitStack() as stack:
+        part: Path | None = None
+        # Until it is locked, another writer may take it for abandoned.
+        while part is None or not part.exists():
+            stack.close()
+            part = path.with_name(f".{_stem(path)}.{secrets.token_hex(4)}{_PART}")
+            with open(part, "xb"):
+                stack.callback(part.unlink, missing_ok=True)
+            with suppress(FileNotFoundError):
+                stack.enter_context(locked(part, wait=True))
+        try:
+            yield part
+        finally:
+            part.unlink(missing_ok=True)  # while it is locked
+
+
+def _remove_abandoned_parts(path: Path) -> None:
+    """Remove what killed writers of a file left beside it."""
+    ours = re.compile(rf"\.{re.escape(_stem(path))}\.[a-z0-9_]{{8}}{_PART}")
+    for entry in [Path(entry) for entry in os.scandir(path.parent)]:
+        if not ours.fullmatch(entry.name) or entry.is_symlink() or not entry.is_file():
+            continue
+        with suppress(OSError), locked(entry) as sure:
+            if sure:
+                entry.unlink()
+
+
+def _stem(path: Path) -> str:
+    """As much of a file's name as leaves room for what a temporary name adds."""
+    return path.name[:48]
 
 
 def put_each(folder: Path, names: Sequence[str]) -> None:

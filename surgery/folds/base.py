@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from surgery.errors import Unsupported
+from surgery.errors import BadSettings, Unsupported
 from surgery.folds.edits import Edit, SinkDirection
 from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy
@@ -94,14 +94,33 @@ class Fold(ABC):
 
         Raises:
             Unsupported: where the fold would reach more than attention.
+            BadSettings: where it needs the sink direction of a layer, and has none.
         """
         self.require(anatomy)
         if mask.strength == 0.0:
             return ()
         known = calibration or Calibration()
+        if self.calibrates:
+            self._require_directions(mask, known)
         return tuple(
             edit for layer in mask.layers for edit in self.layer_edits(anatomy, mask, layer, known)
         )
+
+    def _require_directions(self, mask: Mask, calibration: Calibration) -> None:
+        for layer in mask.layers:
+            found = calibration.directions.get(layer)
+            if found is None:
+                raise BadSettings(
+                    f"The {self.name} fold needs the sink direction of every target layer, and has "
+                    f"none of layer {layer}; calibrate it first, or choose another fold."
+                )
+            sizes = len(found.center), len(found.detector)
+            if sizes != (len(mask.dimensions[layer]), mask.hidden_size):
+                raise BadSettings(
+                    f"The sink direction of layer {layer} is of another mask: it has {sizes[0]} "
+                    f"masked dimensions of {sizes[1]}, and the mask "
+                    f"{len(mask.dimensions[layer])} of {mask.hidden_size}."
+                )
 
 
 def readers(anatomy: Anatomy, layer: int) -> Iterator[tuple[str, str]]:

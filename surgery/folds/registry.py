@@ -41,5 +41,6 @@ def make_edits(
 
     Raises:
         Unsupported: where the fold would reach more than attention.
+        BadSettings: for "sink" without the sink direction of a target layer.
     """
     return fold_named(fold).edits(anatomy, mask, Calibration(sinks or {}))

@@ -18,10 +18,11 @@ from surgery.measure.edited import BASE, EDITED, REFERENCE, Edited, references_o
 from surgery.measure.task_loading import load_tasks
 from surgery.measure.task_settings import TaskSettings, task_settings
 from surgery.measure.tasks import run_tasks
-from surgery.method.mask import Mask, Selection, target_layers
+from surgery.method.mask import Mask, Selection, attention_targets
 from surgery.models.anatomy import depth_of, text_config, width_of
 from surgery.outputs.comparison import Comparison, Variant
-from surgery.outputs.manifest import read_manifest, versions
+from surgery.outputs.manifest import versions
+from surgery.outputs.registry import recorded
 from surgery.patient import texts
 from surgery.patient.locating import choose_mask, find_emergence
 from surgery.patient.patient import Loading, Patient
@@ -235,8 +236,8 @@ def _with_references(base: Patient, edited: Sequence[Edited], notes: list[str]) 
     names: list[tuple[Mask, str]] = []
     located: Mask | None = None
     for one in edited:
-        folder = one.patient.checkpoint.folder
-        mask = read_manifest(folder).mask() if (folder / MANIFEST).is_file() else None
+        manifest = recorded(one.patient.checkpoint)
+        mask = manifest.mask() if manifest is not None else None
         if mask is None:
             located = located or _located(base, notes)
             if located is None:
@@ -261,7 +262,7 @@ def _located(patient: Patient, notes: list[str]) -> Mask | None:
     if emergence.layer is None:
         notes.append("The base has no Massive Emergence Layer, so there is no reference.")
         return None
-    targets = target_layers(emergence.layer, patient.anatomy.depth, "first")
+    targets = attention_targets(emergence.layer, patient.anatomy.attends, "first")
     return choose_mask(patient, targets, Selection())
 
 

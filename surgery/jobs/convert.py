@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from surgery.files.checkpoint import Checkpoint, Origin
+from surgery.files.paths import expanded
 from surgery.files.staging import remove_stale
 from surgery.method.locate import Emergence
 from surgery.method.mask import Mask, mask_size
@@ -79,7 +80,7 @@ def convert(
     if spoken_as is not None:
         settings = replace(settings, model=spoken_as[0], revision=spoken_as[1])
         checkpoint = replace(checkpoint, origin=spoken_as[2])
-    named = Path(output) if output is not None else None
+    named = expanded(output) if output is not None else None
     kind = output_for(settings.form, named)
     target = named or kind.default_path(*_default_name(checkpoint, settings))
     mask_size(settings.rate, width_of(checkpoint.config))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.files.generated import CARD, MANIFEST
+from surgery.files.paths import expanded
 from surgery.files.staging import write_whole
 from surgery.jobs.push import push
 from surgery.outputs.checks import Verification
@@ -89,7 +90,7 @@ def finetune(
     Raises:
         SurgeryError: says what is wrong.
     """
-    path = Path(recipe)
+    path = expanded(recipe)
     raw = {**read_recipe(path), **(changes or {})}
     target = target_of(output, raw, path)
     if smoke:

@@ -9,6 +9,8 @@ from pathlib import Path
 from surgery.errors import VerificationFailed
 from surgery.files.checkpoint import Origin, check_links, open_checkpoint
 from surgery.files.generated import CARD, MANIFEST
+from surgery.files.gguf_file import is_gguf
+from surgery.files.paths import expanded
 from surgery.files.side_files import divided, is_below
 from surgery.outputs.checks import verify_files
 from surgery.outputs.hub import Place, Pushed, one_file, upload_files, visible_files
@@ -38,8 +40,8 @@ def push(
     SurgeryError when the Hub refuses. Afterwards the
     repository's listing is compared with what was sent: VerificationFailed where it is another.
     """
-    path = Path(folder)
-    if path.suffix == ".gguf" and path.is_file():
+    path = expanded(folder)
+    if is_gguf(path):
         raise one_file(repo, path)
     manifest = read_manifest(path)
     check = verify_files(path, manifest.files)
@@ -83,10 +85,10 @@ def _sent(path: Path, manifest: Manifest) -> Manifest:
     copied = [record.name for record in manifest.files if record.source_sha256 is not None]
     if not copied:
         return manifest
-    weights = open_checkpoint(path, Origin("directory", path.name, str(path))).weight_files
+    weights = open_checkpoint(path, Origin("directory", path.name, str(path))).weights
     packed = manifest.replaced.get(CARD)
     card = unpack_file(packed).decode("utf-8", "replace") if packed is not None else None
-    _, left = divided(copied, set(weights), manifest.settings.include, path, card)
+    _, left = divided(copied, weights, manifest.settings.include, path, card)
     behind = [name for name in copied if any(is_below(name, one) for one in left)]
     if not behind:
         return manifest

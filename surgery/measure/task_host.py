@@ -78,7 +78,11 @@ class Host:
 
     @contextmanager
     def model(self, patient: Patient, notes: list[str]) -> Iterator[Any]:
-        """A patient as the harness's own kind of model; its memory is free afterwards."""
+        """A patient as the harness's own kind of model, which is empty after the block.
+
+        Its memory is free then, whoever still holds it; but not that of the base's own model,
+        which stays for the next block until it is released.
+        """
         options: dict[str, Any] = {"batch_size": self._batch}
         if self._template:
             options["enable_thinking"] = self._options.thinking
@@ -99,10 +103,16 @@ class Host:
         try:
             yield lm
         finally:
+            # The block's own variable outlives it, so what it holds is let go of, not it alone.
+            vars(lm).clear()
             if patient is not self._base:
-                del lm
                 patient.release()
             free_memory()
+
+    def release_base(self) -> None:
+        """Forget the base's own model too, and give back its memory."""
+        self._base.release()
+        free_memory()
 
     def _transformers(self, patient: Patient, options: dict[str, Any]) -> Any:
         if self._several:

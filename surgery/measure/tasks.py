@@ -57,9 +57,8 @@ def run_tasks(
             hooks = partial(wemask, lm.model, mask, anatomy=base.anatomy)
             runs[name] = host.run(name, lm, hooks)
             del hooks  # which holds the model
-    base.release()
+    host.release_base()
     for other in edited:
-        lm = None  # one model at a time
         with host.model(other.patient, notes) as lm:
             runs[other.name] = host.run(other.name, lm, nullcontext)
     if any(run.samples == {} for run in runs.values()):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from surgery.errors import BadCheckpoint, BadSettings
-from surgery.files.gguf_file import read_gguf
+from surgery.files.gguf_file import names_gguf, read_gguf
 from surgery.outputs.base import (
     Output,
     Request,
@@ -48,7 +48,7 @@ class GgufAdapter(Output):
     def accept(self, request: Request) -> None:
         refuse_what_folders_have(request)
         require_low_rank(request)
-        if request.target.suffix != ".gguf":
+        if not names_gguf(request.target):
             raise BadSettings(
                 "--as gguf-adapter writes one file; give an --output ending in .gguf."
             )

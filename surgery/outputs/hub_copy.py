@@ -167,7 +167,7 @@ def _listing(
         }
     require_matches(known, include)
     weights = checkpoint.weight_files
-    kept, left = divided(sorted(known), set(weights), include, checkpoint.folder)
+    kept, left = divided(sorted(known), checkpoint.weights, include, checkpoint.folder)
     carried = [name for name in known if name in weights or name in kept]
     return {name: known[name] for name in carried if name not in GENERATED}, left
 

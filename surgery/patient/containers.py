@@ -19,17 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, first_line
-from surgery.files.checkpoint import (
-    INDEX,
-    Checkpoint,
-    Origin,
-    check_links,
-    open_checkpoint,
-    other_files,
-)
+from surgery.files.checkpoint import Checkpoint, Origin, check_links, open_checkpoint, weights_in
 from surgery.files.digests import file_sha256
 from surgery.files.gguf_file import check_sizes, merge, read_gguf, shards_of
+from surgery.files.side_files import other_files
 from surgery.files.text import read_json, write_text
+from surgery.files.weights import INDEX, Weights
 from surgery.models.loading import quiet, require_stored
 from surgery.patient.cache import kept
 
@@ -50,7 +45,11 @@ def gguf_source(checkpoint: Checkpoint) -> Path:
 
 
 def materialised(
-    path: Path, origin: Origin, say: Callable[[str], None], include: Sequence[str] = ()
+    path: Path,
+    origin: Origin,
+    say: Callable[[str], None],
+    include: Sequence[str] = (),
+    weights: Weights | None = None,
 ) -> Checkpoint:
     """A .gguf file or a folder of pickles as safetensors, converted once and kept.
 
@@ -59,6 +58,7 @@ def materialised(
         origin: What it is called; its digest is added.
         say: Told what takes time.
         include: Patterns of side files that belong to it beyond the usual ones.
+        weights: Which files of a folder hold its weights.
 
     Raises:
         BadCheckpoint: It holds no model that can be read.
@@ -69,8 +69,9 @@ def materialised(
         files = shards_of(path)
         digest = file_sha256(path) if len(files) == 1 else _digest(path.parent, files)
     else:
-        files = pickles(path)
-        beside, left_out = _beside(path, files, include)
+        weights = weights or weights_in(path)
+        files = [path / name for name in weights.files]
+        beside, left_out = _beside(path, weights, include)
         everything = [*files, *(path / name for name in beside)]
         check_links(path, [file.relative_to(path).as_posix() for file in everything])
         digest = _digest(path, everything)
@@ -114,11 +115,6 @@ def _digest(folder: Path, files: list[Path]) -> str:
     """One digest for several files, by name and content."""
     lines = [f"{file_sha256(file)} {file.relative_to(folder).as_posix()}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def pickles(folder: Path) -> list[Path]:
-    """PyTorch's weight files in a folder, in order."""
-    return sorted(path for path in folder.glob("pytorch_model*.bin") if path.is_file())
 
 
 def gguf_to_safetensors(files: Sequence[Path], folder: Path) -> None:
@@ -269,16 +265,17 @@ def _save(state: dict[str, Any], file: Path, target: Path) -> tuple[list[str], i
 
 
 def _beside(
-    folder: Path, files: Sequence[Path], include: Sequence[str]
+    folder: Path, weights: Weights, include: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a checkpoint of pickles carries, and what it leaves behind; its index is neither."""
-    weights = {file.name for file in files} | {"pytorch_model.bin.index.json"}
+    """What a checkpoint of pickles carries, and what it leaves behind; its index is neither.
+
+    An index is written anew for what the pickles become.
+    """
     kept, left = other_files(folder, weights, include)
     for name in kept:
         if not (folder / name).is_file():  # reading from a pipe, say, would wait for ever
             raise BadCheckpoint(f"{folder / name} is a broken link or no plain file; remove it.")
-    # An index is written anew for what the pickles become.
-    return tuple(name for name in kept if name != INDEX), left
+    return kept, left
 
 
 def _without_aliases(state: dict[str, Any]) -> dict[str, Any]:

@@ -25,14 +25,17 @@ from numpy.typing import NDArray
 
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
-from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
 from surgery.files.digests import file_sha256
+from surgery.files.foreign import block, whole, words
 from surgery.files.safetensors_file import write_safetensors
 from surgery.files.text import write_text
+from surgery.files.weights import INDEX, SINGLE, method_of, quantisation
 from surgery.patient.cache import kept
+from surgery.patient.schemes import BLOCK, groups_of, scheme_of, spread
 
 # Part of the name under which a dequantised copy is kept: raised when the functions change.
-_READER = 2
+_READER = 3
 _INTEGERS = {"U8": np.uint8, "I8": np.int8, "I32": np.int32, "U32": np.uint32, "I64": np.int64}
 # Where AWQ's packing puts the columns of each group of eight.
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -43,18 +46,6 @@ _log = logging.getLogger(__name__)
 Array = NDArray[Any]
 Parts = Mapping[str, Array]
 Weight = NDArray[np.float32]
-
-
-def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantisation settings in a configuration; None for plain weights."""
-    found = config.get("quantization_config") or config.get("compression_config")
-    return found if isinstance(found, Mapping) else None
-
-
-def method_of(config: Mapping[str, Any]) -> str:
-    """The name of the method, such as fp8 or gptq; empty for plain weights."""
-    found = quantisation(config)
-    return "" if found is None else str(found.get("quant_method", "unknown method"))
 
 
 # --------------------------------------------------------------------------------------------
@@ -87,55 +78,47 @@ def gptq(parts: Parts, settings: Mapping[str, Any]) -> Weight:
         packed = packed + np.uint32(sum(1 << shift for shift in range(0, 32, bits)))
     zeros = unpack_columns(packed, bits)
     scales = parts["scales"].astype(np.float32)
-    group = int(settings["group_size"])
-    rows = len(quantised)
     index = parts.get("g_idx")
-    groups = index if index is not None else np.arange(rows) // (group if group > 0 else rows)
+    if index is None:
+        index = groups_of(len(quantised), len(scales), int(settings["group_size"]))
+    groups = index
     return (scales[groups] * (quantised - zeros[groups, : scales.shape[1]])).T.astype(np.float32)
 
 
 def awq(parts: Parts, settings: Mapping[str, Any]) -> Weight:
     """scales (q − z), with the columns of each group of eight in AWQ's own order."""
-    bits = int(settings.get("bits", settings.get("w_bit", 4)))
+    bits = int(settings.get("bits", 4))
 
     def unpacked(packed: Array) -> NDArray[np.int32]:
         columns = unpack_columns(np.ascontiguousarray(packed), bits)
         return columns.reshape(len(columns), -1, 8)[..., list(_AWQ_ORDER)].reshape(columns.shape)
 
     quantised, zeros = unpacked(parts["qweight"]), unpacked(parts["qzeros"])
-    repeat = len(quantised) // len(zeros)
+    rows = len(quantised)
+    size = settings.get("group_size", settings.get("q_group_size"))
+    groups = groups_of(rows, len(zeros), int(size) if size is not None else rows // len(zeros))
     scales = parts["scales"].astype(np.float32)
-    weight = np.repeat(scales, repeat, 0) * (quantised - np.repeat(zeros, repeat, 0))
-    return weight.T.astype(np.float32)
+    return (scales[groups] * (quantised - zeros[groups])).T.astype(np.float32)
 
 
-def scaled(parts: Parts, _settings: Mapping[str, Any]) -> Weight:
+def scaled(parts: Parts, settings: Mapping[str, Any]) -> Weight:
     """A weight in float8 or int8 times a scale per tensor, row, group of columns, or block."""
     weight = parts["weight"].astype(np.float32)
     scale = parts.get("weight_scale_inv", parts.get("weight_scale"))
     assert scale is not None
+    if scale.dtype == np.uint8:  # exponents alone, stored as bytes (E8M0)
+        scale = np.exp2(scale.astype(np.float32) - 127)
+    block = settings.get(BLOCK)
+    order = parts.get("weight_g_idx")
+
+    def each(values: Array) -> Array:
+        if order is not None and (order >= 0).all() and values.ndim == 2:
+            return values.astype(np.float32)[:, order]
+        return spread(values.astype(np.float32), weight.shape, block)
+
     if "weight_zero_point" in parts:
-        weight = weight - spread(parts["weight_zero_point"].astype(np.float32), weight.shape)
-    return weight * spread(scale.astype(np.float32), weight.shape)
-
-
-def spread(scale: Array, shape: tuple[int, ...]) -> Array:
-    """A scale repeated to the shape of the weight that it divides into equal blocks.
-
-    A last block may be cut short: block sizes are those of the next power of two that fits.
-    """
-    if scale.size == 1:
-        return scale.reshape(1, 1)
-    if scale.ndim == 1:
-        scale = scale[:, None]
-    for axis in (0, 1):
-        count, size = scale.shape[axis], shape[axis]
-        if count not in (1, size):
-            block = (
-                size // count if size % count == 0 else 1 << (-(-size // count) - 1).bit_length()
-            )
-            scale = np.repeat(scale, block, axis).take(range(size), axis)
-    return scale
+        weight = weight - each(parts["weight_zero_point"])
+    return weight * each(scale)
 
 
 def packed_groups(parts: Parts, settings: Mapping[str, Any]) -> Weight:
@@ -145,7 +128,8 @@ def packed_groups(parts: Parts, settings: Mapping[str, Any]) -> Weight:
     bits = int(settings["bits"])
     quantised = unpack_columns(packed, bits)[:, :columns] - 2 ** (bits - 1)
     scale = parts["weight_scale"].astype(np.float32)
-    groups = np.arange(columns) // max(1, columns // scale.shape[1])
+    _, size = settings.get(BLOCK) or (1, columns // scale.shape[1])
+    groups = groups_of(columns, scale.shape[1], size)
     if "weight_g_idx" in parts and (parts["weight_g_idx"] >= 0).all():
         groups = parts["weight_g_idx"]
     zeros: Array = np.zeros_like(scale)
@@ -212,7 +196,7 @@ FORMATS: dict[str, tuple[Format, ...]] = {
         ),
         Format(
             ("weight", "weight_scale"),
-            ("weight_zero_point", "input_scale", "input_zero_point"),
+            ("weight_zero_point", "weight_g_idx", "input_scale", "input_zero_point"),
             scaled,
         ),
     ),
@@ -248,21 +232,28 @@ def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
     if method not in FORMATS:
         raise Unsupported(refusal(method))
     if method == "compressed-tensors":
-        weights = [
-            group.get("weights") or {} for group in (found.get("config_groups") or {}).values()
-        ]
-        bits = {scheme.get("num_bits") for scheme in weights}
-        if found.get("format") == "pack-quantized" and (len(bits) != 1 or bits - {4, 8}):
-            raise Unsupported(refusal(f"compressed-tensors in {bits} bits"))
-        if found.get("sparsity_config") or str(found.get("format", "")).startswith(("nvfp", "mx")):
-            raise Unsupported(refusal(f"compressed-tensors ({found.get('format')})"))
-        return {"bits": next(iter(bits), 8)}
+        groups = block(found, "config_groups")
+        parts = [block(groups, name) for name in groups]
+        bits = {whole(block(part, "weights"), "num_bits", default=0) for part in parts}
+        layout = words(found, "format")
+        if layout == "pack-quantized" and (not bits or bits - {4, 8}):
+            many = ", ".join(str(number) for number in sorted(bits)) or "no"
+            raise Unsupported(refusal(f"compressed-tensors in {many} bits"))
+        forms = [layout, *(words(part, "format") for part in parts)]
+        strange = [form for form in forms if form.startswith(("nvfp", "mx"))]
+        if found.get("sparsity_config") or strange:
+            raise Unsupported(refusal(f"compressed-tensors ({(strange or forms)[0]})"))
     if method in ("gptq", "awq"):
-        bits_here = int(found.get("bits", found.get("w_bit", 4)))
-        layout = str(found.get("version", "gemm")).lower()
+        bits_here = whole(found, "bits", "w_bit", default=4)
+        layout = words(found, "version", "gemm").lower()
         known = (2, 4, 8) if method == "gptq" else (4,)
         if bits_here not in known or (method == "awq" and layout != "gemm"):
             raise Unsupported(refusal(f"{method} ({layout}, {bits_here} bits)"))
+        if method == "gptq":
+            whole(found, "group_size", least=-1)
+            words(found, "checkpoint_format")
+        # With the number of bits that was checked, whichever name it had.
+        return {**found, "bits": bits_here}
     return found
 
 
@@ -305,13 +296,20 @@ def _array(checkpoint: Checkpoint, name: str) -> Array:
 
 def write_dequantised(checkpoint: Checkpoint, folder: Path) -> None:
     """Write plain safetensors, one tensor in memory at a time, beside the base's side files."""
-    settings, plan = _settings(checkpoint), _plan(checkpoint)
+    found, plan = _settings(checkpoint), _plan(checkpoint)
+    method = method_of(checkpoint.config)
+    _require_scaled(checkpoint, plan)
 
-    def shape_of(one: Format | None, parts: dict[str, str]) -> tuple[str, tuple[int, ...]]:
+    def scheme(name: str) -> Mapping[str, Any]:
+        return scheme_of(found, method, name.removesuffix(".weight"))
+
+    def shape_of(
+        name: str, one: Format | None, parts: dict[str, str]
+    ) -> tuple[str, tuple[int, ...]]:
         if one is None:
             entry = checkpoint.tensors[parts[""]]
             return entry.dtype, entry.shape
-        return "F32", _shape(checkpoint, one, parts, settings)
+        return "F32", _shape(checkpoint, one, parts, scheme(name))
 
     def read(name: str) -> bytes:
         one, parts = plan[name]
@@ -319,12 +317,12 @@ def write_dequantised(checkpoint: Checkpoint, folder: Path) -> None:
             return checkpoint.read_bytes(parts[""])
         arrays = {part: _array(checkpoint, full) for part, full in parts.items()}
         try:
-            weight = one.dequantise(arrays, settings)
+            weight = one.dequantise(arrays, scheme(name))
         except (ValueError, IndexError, KeyError, StopIteration) as error:
             raise BadCheckpoint(f"{name} cannot be dequantised: {error}.") from error
         return np.ascontiguousarray(weight, dtype="<f4").tobytes()
 
-    shapes = {name: shape_of(*made) for name, made in plan.items()}
+    shapes = {name: shape_of(name, *made) for name, made in plan.items()}
     try:
         write_safetensors(folder / SINGLE, shapes, read, {"format": "pt"})
     except ValueError as error:
@@ -340,6 +338,24 @@ def write_dequantised(checkpoint: Checkpoint, folder: Path) -> None:
     _log.debug(
         "%s: %d tensors dequantised", folder, sum(one is not None for one, _ in plan.values())
     )
+
+
+def _require_scaled(
+    checkpoint: Checkpoint, plan: Mapping[str, tuple[Format | None, dict[str, str]]]
+) -> None:
+    """Raise Unsupported for weights that would come out as they are packed, without their scale."""
+    for name, (one, parts) in plan.items():
+        if one is None:
+            beside = [f"{name}_scale_inv", f"{name}_scale"]
+            packed = any(scale in checkpoint.tensors for scale in beside)
+        else:
+            # Two numbers of four bits in each byte.
+            packed = one.dequantise is scaled and (
+                method_of(checkpoint.config) == "fp8"
+                and checkpoint.tensors[parts["weight"]].dtype in _INTEGERS
+            )
+        if packed:
+            raise Unsupported(refusal(f"{method_of(checkpoint.config)} (in the form of {name})"))
 
 
 def _shape(
@@ -375,8 +391,10 @@ def dequantised(checkpoint: Checkpoint, say: Callable[[str], None]) -> Checkpoin
     if not method:
         return checkpoint
     _settings(checkpoint)
-    files = [checkpoint.folder / name for name in (*checkpoint.weight_files, "config.json")]
-    digest = hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
+    # All that is carried into the copy: a mended tokenizer is another copy.
+    names = sorted({*checkpoint.weight_files, *checkpoint.side_files, "config.json"})
+    lines = [f"{file_sha256(checkpoint.folder / name)} {name}\n" for name in names]
+    digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     folder = kept(
         f"dequantised-{_READER}-{digest[:32]}",
         lambda target: write_dequantised(checkpoint, target),

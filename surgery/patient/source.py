@@ -9,10 +9,20 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from surgery.errors import BadCheckpoint, BadSettings
-from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint, weights_in
 from surgery.files.digests import file_sha256
-from surgery.patient.containers import materialised, pickles
-from surgery.patient.hub import cached, download, hub_errors, unreachable
+from surgery.files.gguf_file import is_gguf
+from surgery.files.text import read_json
+from surgery.files.weights import ADAPTER_CONFIG, PACKING, method_of
+from surgery.patient.containers import materialised
+from surgery.patient.hub import (
+    cached,
+    download,
+    hub_errors,
+    names_of,
+    unreachable,
+    weights_on_hub,
+)
 from surgery.patient.remote import HubRanges
 
 DEMO = "demo"
@@ -59,9 +69,23 @@ def resolve(
         origin = Origin("directory", path.resolve().name, model)
         return _from_folder(path, origin, say, include)
     if path is not None and path.is_file():
-        if path.suffix != ".gguf":
+        if not is_gguf(path):
             raise BadCheckpoint(f"{path} is a file; give a checkpoint folder or a .gguf file.")
+        if revision is not None:
+            raise BadSettings("--revision is for Hub ids; a local file has no revisions.")
         return materialised(path, Origin("gguf", path.stem, model), say, include)
+    name, wanted = _on_hub(model, revision)
+    folder = download(name, wanted, say, include)
+    return _from_folder(folder, Origin("hub", name, model, commit=folder.name), say, include)
+
+
+def _on_hub(model: str, revision: str | None) -> tuple[str, str | None]:
+    """The id and the revision of a model on the Hub, from `name@revision`.
+
+    Raises:
+        BadCheckpoint: It can be no id.
+        BadSettings: Two revisions are asked for.
+    """
     name, _, tag = model.partition("@")
     if tag and revision is not None and tag != revision:
         raise BadSettings(f"{model} names a revision and so does --revision {revision}; give one.")
@@ -69,14 +93,7 @@ def resolve(
         raise BadCheckpoint(
             f"{model} is neither an existing folder or file nor the id of a model on the Hub."
         )
-    return _from_hub(name, tag or revision, model, say, include)
-
-
-def _from_hub(
-    name: str, revision: str | None, typed: str, say: Say, include: Sequence[str]
-) -> Checkpoint:
-    folder = download(name, revision, say)
-    return _from_folder(folder, Origin("hub", name, typed, commit=folder.name), say, include)
+    return name, tag or revision
 
 
 def existing(model: str) -> Path | None:
@@ -89,13 +106,23 @@ def existing(model: str) -> Path | None:
 
 
 def _from_folder(folder: Path, origin: Origin, say: Say, include: Sequence[str]) -> Checkpoint:
-    safetensors = (folder / SINGLE).exists() or (folder / INDEX).exists()
-    if not safetensors:
-        if (folder / "adapter_config.json").is_file():
-            raise BadCheckpoint(f"{folder} is a PEFT adapter; merge it into its base model first.")
-        if pickles(folder) and not any(folder.glob("*.safetensors")):
-            return materialised(folder, Origin("bin", origin.name, origin.typed), say, include)
-    return open_checkpoint(folder, origin, include=include)
+    weights = weights_in(folder)
+    _say_left_aside(folder, say)
+    if weights.pickled:
+        pickled = Origin("bin", origin.name, origin.typed)
+        return materialised(folder, pickled, say, include, weights)
+    return open_checkpoint(folder, origin, weights=weights, include=include)
+
+
+def _say_left_aside(folder: Path, say: Say) -> None:
+    """Tell what lies beside a whole model and would change what some library loads."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if (folder / ADAPTER_CONFIG).is_file():
+        say(f"Left aside: {ADAPTER_CONFIG}, whose adapter is no part of this whole model")
+    if (folder / PACKING).is_file() and not method_of(config):
+        say(f"Left aside: {PACKING}, from which transformers reads nothing")
+    if config.get("quantization_config") and not method_of(config):
+        say("quantization_config is switched off: the weights are read as they are stored")
 
 
 def resolve_light(
@@ -105,10 +132,9 @@ def resolve_light(
 
     Its small files are fetched, its headers read, and its weights left to be read by byte range.
     """
-    name, _, tag = model.partition("@")
-    if model == DEMO or existing(model) or not _HUB_ID.match(name) or model.endswith("@"):
+    if model == DEMO or existing(model):
         return resolve(model, revision, say, include)
-    wanted = tag or revision
+    name, wanted = _on_hub(model, revision)
     with hub_errors(name, wanted):
         import huggingface_hub
 
@@ -122,14 +148,15 @@ def resolve_light(
         if here is not None:
             origin = Origin("hub", name, model, commit=here.name)
             return _from_folder(here, origin, say, include)
-        files = [sibling.rfilename for sibling in info.siblings or []]
-        if SINGLE not in files and INDEX not in files:
+        weights = weights_on_hub(name, info)
+        if weights.pickled:
             return resolve(model, revision, say, include)
         say(f"Reading {name} (commit {str(info.sha)[:12]}) on the Hub, without downloading it")
         ranges = HubRanges(name, str(info.sha))
-        folder = ranges.fetch_small(files)
+        folder = ranges.fetch_small(names_of(info))
         origin = Origin("hub", name, model, commit=str(info.sha))
-        return open_checkpoint(folder, origin, ranges)
+        _say_left_aside(folder, say)
+        return open_checkpoint(folder, origin, ranges, weights)
 
 
 def _demo_file() -> Path:

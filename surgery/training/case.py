@@ -78,7 +78,7 @@ def make_case(
 
 
 def revision_of(recipe: Recipe) -> str | None:
-    revision = recipe.keys.get("modelrevision_of")
+    revision = recipe.keys.get("model_revision")
     return str(revision) if revision is not None else None
 
 

@@ -17,8 +17,8 @@ from script import run as run_program
 import surgery
 from surgery import errors
 from surgery.commands import _COMMANDS
-from surgery.files.checkpoint import SINGLE
 from surgery.files.generated import CARD, FIGURE, MANIFEST
+from surgery.files.weights import SINGLE
 
 Tiny = Callable[..., Path]
 Run = Callable[..., Any]

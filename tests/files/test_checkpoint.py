@@ -20,8 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from surgery.errors import BadCheckpoint, SurgeryError, Unsupported
-from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
 from surgery.files.safetensors_file import read_header
+from surgery.files.weights import INDEX, SINGLE
 from surgery.outputs.plan import make_plan
 
 Tiny = Callable[..., Path]
@@ -267,7 +268,7 @@ def test_any_byte_changed(
 def test_missing_shard(sharded: Path) -> None:
     name = weight_map(sharded)["c"]
     (sharded / name).unlink()
-    assert f"{name} is missing" in refused(sharded)
+    assert f"names {name}, which is not there; fetch the missing shards." in refused(sharded)
 
 
 def test_index_names_a_tensor_that_is_not_there(sharded: Path) -> None:

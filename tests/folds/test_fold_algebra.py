@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from surgery.errors import Unsupported
+from surgery.errors import BadSettings, Unsupported
 from surgery.files import dtypes
 from surgery.folds import edits as fold
 from surgery.folds.edits import Bias, Columns, Edit, Gain, RankOne, SinkDirection, pack, unpack
@@ -114,6 +114,20 @@ def test_norm_equals_qkv_equals_mask(
     # And each leaves alone what is not its own.
     assert all(by_norm[name] is tensors[name] for name in ("q", "k"))
     assert by_qkv["g"] is tensors["g"]
+
+
+def test_a_sink_fold_without_its_directions_is_refused() -> None:
+    """Every target layer needs one, of this mask; never zeroed rows, nor a traceback."""
+    anatomy, mask = anatomy_of(8), Mask(8, "weight", 1.0, {0: (1, 2)})
+    sink = SinkDirection(np.ones(2, np.float32), np.ones(8, np.float32))
+    assert [type(edit) for edit in make_edits(anatomy, mask, "sink", {0: sink})] == [RankOne] * 2
+    for sinks in (None, {}, {1: sink}):
+        with pytest.raises(BadSettings, match="has none of layer 0"):
+            make_edits(anatomy, mask, "sink", sinks)
+    for center, detector_ in ((3, 8), (2, 7)):
+        other = SinkDirection(np.ones(center, np.float32), np.ones(detector_, np.float32))
+        with pytest.raises(BadSettings, match="of another mask"):
+            make_edits(anatomy, mask, "sink", {0: other})
 
 
 @given(case=cases())

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+import weakref
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -16,11 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 from cut import LAYER
+from more_models import CASES, save
 
 import surgery
 from surgery.errors import BadSettings, SurgeryError
 from surgery.jobs import compare as comparison
-from surgery.measure import statistics
+from surgery.measure import statistics, task_host
+from surgery.models import loading
 from surgery.outputs import results
 from surgery.outputs.manifest import read_manifest
 
@@ -220,6 +223,31 @@ def test_without_a_manifest_the_mask_is_located_anew(tiny: Tiny, tiny_copy: Tiny
     found = surgery.compare(str(tiny("llama")), tiny_copy("llama"), **QUICK)
     assert [measure.name for measure in found.text][1] == "reference"
     assert "defaults locate" in " ".join(found.notes)
+
+
+def test_a_hybrid_without_a_manifest(tmp_path: Path) -> None:
+    """Its reference masks the first attention after the emergence, not a layer without one."""
+    case = CASES["jamba"]
+    base, edited = save(case, tmp_path / "base"), tmp_path / "edited"
+    shutil.copytree(base, edited)
+    attends = surgery.analyze(str(base)).anatomy.attends
+    first = next(layer for layer in range(case.layer + 1, len(attends)) if attends[layer])
+    assert first > case.layer + 1
+    found = surgery.compare(str(base), edited, **QUICK)
+    assert [measure.name for measure in found.text][1] == "reference"
+    assert f"in layer {first}." in " ".join(found.notes)
+
+
+def test_the_manifest_in_a_gguf_names_the_mask(small_gguf: Path, tmp_path: Path) -> None:
+    """Another layer than the defaults would take, so that its own mask can be told from theirs."""
+    edited = tmp_path / "edited.gguf"
+    options = {"calibration_tokens": 512, "force": True, **QUICK}
+    made = surgery.convert(str(small_gguf), output=edited, layers=(1,), **options)
+    found = surgery.compare(str(small_gguf), edited, **QUICK)
+    assert "no surgery.json" not in " ".join(found.notes)
+    assert made.quality is not None
+    measured, gate = found.measure("reference"), made.quality["reference"]
+    assert measured.kl_from_base == pytest.approx(gate.kl_from_base, rel=1e-3)
 
 
 def test_one_mask_gives_one_reference(converted: tuple[Path, Path], tmp_path: Path) -> None:
@@ -437,6 +465,38 @@ def tasked(cut: tuple[Path, Path]) -> comparison.Comparison:
         str(cut[0]), cut[1], measure=False, data=str(SHARED),
         tasks=["wemask_piqa", "wemask_gsm8k"], **TASKS,
     )  # fmt: skip
+
+
+@needs_harness
+@needs_data
+def test_memory_is_given_back_when_nobody_holds_the_model_any_more(
+    tiny: Tiny, tiny_copy: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Giving back what is still held gives back nothing; and two models are never there at once."""
+    loaded: list[Any] = []
+    alive: list[int] = []
+    load, free = loading.load_model, task_host.free_memory
+
+    def count() -> int:
+        return sum(model() is not None for model in loaded)
+
+    def loads(*args: Any, **kwargs: Any) -> Any:
+        assert count() == 0
+        loaded.append(weakref.ref(model := load(*args, **kwargs)))
+        return model
+
+    def frees() -> None:
+        free()
+        alive.append(count())
+
+    monkeypatch.setattr(loading, "load_model", loads)
+    monkeypatch.setattr(task_host, "free_memory", frees)
+    few = {**TASKS, "limit": 1, "seeds": (0,), "max_new_tokens": 2}
+    options = {"measure": False, "reference": False, "data": str(SHARED), **few}
+    base, other = tiny("llama"), tiny_copy("llama")
+    surgery.compare(str(base), other, other, tasks=["wemask_piqa"], **options)
+    # After the base's block, after the base's release, after each of the others.
+    assert alive == [1, 0, 0, 0]
 
 
 @needs_demo
