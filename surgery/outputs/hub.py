@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -115,14 +116,12 @@ class Upload:
     def __init__(self, place: Place) -> None:
         import huggingface_hub
 
-        class Api(huggingface_hub.HfApi):
-            """The Hub's client, for which no .gitignore decides what arrives."""
-
-            def preupload_lfs_files(self, *given: Any, **named: Any) -> None:
-                named.setdefault("gitignore_content", _IGNORE_NOTHING)
-                super().preupload_lfs_files(*given, **named)
-
-        self.place, self.api = place, Api()
+        api = huggingface_hub.HfApi()
+        # No .gitignore of a base decides what arrives.
+        api.preupload_lfs_files = partial(  # type: ignore[method-assign]
+            api.preupload_lfs_files, gitignore_content=_IGNORE_NOTHING
+        )
+        self.place, self.api = place, api
         with in_one_sentence(place.repo):
             created = self.api.create_repo(
                 repository_name(place.repo), private=not place.public, exist_ok=True

@@ -95,19 +95,19 @@ def remember(manifest: Manifest, checkpoint: Checkpoint, calibration: str | None
     )
     if places == Places():
         return
-    path = _path(manifest)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(asdict(places)).encode())
-    except OSError as error:
-        _log.info("%s cannot be written: %s", path, error)
+    for path in _paths(manifest):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(asdict(places)).encode())
+        except OSError as error:
+            _log.info("%s cannot be written: %s", path, error)
 
 
 def recalled(manifest: Manifest) -> Places:
     """What `remember` has kept and is still there."""
-    path = _path(manifest)
+    path = next((path for path in _paths(manifest) if path.is_file()), None)
     try:
-        kept = read_json(path) if path.is_file() else {}
+        kept = read_json(path) if path is not None else {}
     except SurgeryError:
         return Places()
     places = {name: kept.get(name) for name in ("model", "calibration")}
@@ -116,11 +116,15 @@ def recalled(manifest: Manifest) -> Places:
     )
 
 
-def _path(manifest: Manifest) -> Path:
-    """Named after what was made, whatever is measured or written about it later."""
+def _paths(manifest: Manifest) -> list[Path]:
+    """Named after all that was made, whatever is measured or written about it later.
+
+    And, for an output that was damaged since, after what was asked for; of two bases of one name
+    that is the last.
+    """
+    asked = {"base": asdict(manifest.base), "settings": manifest.settings.recorded()}
     made = {
-        "base": asdict(manifest.base),
-        "settings": manifest.settings.recorded(),
+        **asked,
         "dimensions": manifest.dimensions,
         "edits": [asdict(record) for record in manifest.edits],
         "sinks": {layer: asdict(record) for layer, record in manifest.sinks.items()},
@@ -130,5 +134,8 @@ def _path(manifest: Manifest) -> Path:
             if record.name not in GENERATED
         ],
     }
-    digest = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
-    return cache_folder() / "places" / f"{digest}.json"
+    digests = (
+        hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+        for known in (made, asked)
+    )
+    return [cache_folder() / "places" / f"{digest}.json" for digest in digests]
