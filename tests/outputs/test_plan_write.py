@@ -331,7 +331,7 @@ def test_space_for_the_undo_file(
 def test_what_a_plan_assumes(tiny: Tiny, tmp_path: Path) -> None:
     plan = planned(tiny(), tmp_path / "out")
     assert plan.generated == (CARD, MANIFEST)
-    assert (plan.product, plan.beside, plan.overwrite) == (plan.output, False, False)
+    assert (plan.product, plan.beside, plan.overwrite) == (plan.output, "", False)
     assert plan.undo_size == 0
     assert planned(tiny(), tmp_path / "out", overwrite=True).overwrite
 
@@ -945,8 +945,8 @@ def test_a_written_tensor_that_is_wrong_is_noticed(
     """A disk that stores something else, say: the checkpoint never appears."""
     honest = write._Patches.apply
 
-    def wrong(self: Any, reader: int, writer: int, copied: int) -> int:
-        done = honest(self, reader, writer, copied)
+    def wrong(self: Any, reader: int, writer: int, copied: int, ready: Any) -> int:
+        done = honest(self, reader, writer, copied, ready)
         if self.first < copied:
             os.pwrite(writer, b"\x01", self.first + 4)
         return done
