@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +63,8 @@ class Written:
 def copy_plan(plan: Plan, folder: Path, progress: Progress = lambda _bytes: None) -> list[Written]:
     """Write every file of a plan into `folder`, in the plan's order; copying and hashing overlap.
 
+    Where one file fails, or the program is interrupted, the others stop at their next block.
+
     Args:
         plan: What to write.
         folder: Where; it exists and holds none of the files.
@@ -74,21 +76,48 @@ def copy_plan(plan: Plan, folder: Path, progress: Progress = lambda _bytes: None
     """
     ordered = sorted(plan.files, key=lambda file: -file.size)
     workers = max(2, min(4, os.cpu_count() or 2))
+    stop = threading.Event()
     with ThreadPoolExecutor(workers) as pool:
-        futures = {
-            file.name: pool.submit(_write_file, plan.checkpoint, file, folder, progress)
-            for file in ordered
-        }
         try:
-            return [futures[file.name].result() for file in plan.files]
-        except BaseException:
-            for future in futures.values():
-                future.cancel()
+            futures = {
+                file.name: pool.submit(_write_file, plan.checkpoint, file, folder, progress, stop)
+                for file in ordered
+            }
+            wait(futures.values())
+        except BaseException:  # before the pool waits for its threads
+            stop.set()
             raise
+    for future in futures.values():
+        error = future.exception()
+        if error is not None and not isinstance(error, _Stopped):
+            raise error
+    return [futures[file.name].result() for file in plan.files]
+
+
+class _Stopped(Exception):
+    """In a thread: another one failed, or the program was interrupted."""
 
 
 def _write_file(
-    checkpoint: Checkpoint, file: FilePlan, folder: Path, progress: Progress
+    checkpoint: Checkpoint,
+    file: FilePlan,
+    folder: Path,
+    progress: Progress,
+    stop: threading.Event,
+) -> Written:
+    try:
+        return _written(checkpoint, file, folder, progress, stop)
+    except BaseException:
+        stop.set()
+        raise
+
+
+def _written(
+    checkpoint: Checkpoint,
+    file: FilePlan,
+    folder: Path,
+    progress: Progress,
+    stop: threading.Event,
 ) -> Written:
     source, target = checkpoint.folder / file.name, folder / file.name
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +125,7 @@ def _write_file(
         size = file.size
         _require_unchanged(checkpoint, file, reader.fileno())
         patches = _Patches(checkpoint, file.edits)
-        ready = _Watermark()
+        ready = _Watermark(stop)
         hasher = _Hasher(reader.fileno(), writer.fileno(), size, patches.first, ready, progress)
         hasher.start()
         try:
@@ -108,6 +137,7 @@ def _write_file(
             hasher.join()
         if hasher.error is not None:
             raise hasher.error
+        ready.require()
         _require_unchanged(checkpoint, file, reader.fileno())
     _log.debug("%s: %d bytes, %d edits", file.name, size, len(file.edits))
     return Written(file.name, size, hasher.written, hasher.source)
@@ -125,10 +155,20 @@ def _require_unchanged(checkpoint: Checkpoint, file: FilePlan, reader: int) -> N
 class _Watermark:
     """How many bytes of a file have their final value; hashing waits for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop: threading.Event) -> None:
         self._condition = threading.Condition()
         self._position = 0
-        self.failed = False
+        self._failed, self._stop = False, stop
+
+    @property
+    def failed(self) -> bool:
+        """Whether nobody needs the file any more: copying it failed, or all work is to stop."""
+        return self._failed or self._stop.is_set()
+
+    def require(self) -> None:
+        """Raise _Stopped where nobody needs the file any more."""
+        if self.failed:
+            raise _Stopped
 
     def advance(self, position: int) -> None:
         with self._condition:
@@ -137,7 +177,7 @@ class _Watermark:
 
     def fail(self) -> None:
         with self._condition:
-            self.failed = True
+            self._failed = True
             self._condition.notify_all()
 
     def wait_beyond(self, position: int) -> int | None:
@@ -180,7 +220,7 @@ class _Hasher(threading.Thread):
         digest, view = hashlib.sha256(), memoryview(bytearray(_READ))
         position = available = begun = 0
         source: Future[str] | None = None
-        while position < self._size:
+        while position < self._size and not self._ready.failed:
             if position == self._first_patch:
                 source = beside.submit(self._hash_source, digest.copy())
             if position >= available:
@@ -222,11 +262,12 @@ class _Patches:
         self._pending = sorted(entries, key=lambda pair: pair[0].begin)
         self.first = self._pending[0][0].begin if self._pending else 2**63
 
-    def apply(self, reader: int, writer: int, copied: int) -> int:
+    def apply(self, reader: int, writer: int, copied: int, ready: _Watermark) -> int:
         """Patch every tensor that lies wholly below `copied`; returns how much is final."""
         while self._pending and self._pending[0][0].end <= copied:
             entry, edit = self._pending.pop(0)
             for position, raw in edited_blocks(reader, entry, edit):
+                ready.require()
                 write_exactly(writer, raw, position)
         return min([copied, *(entry.begin for entry, _ in self._pending[:1])])
 
@@ -263,15 +304,16 @@ def edited_blocks(reader: int, entry: TensorEntry, edit: Edit) -> Iterator[tuple
 
 def _copy(reader: int, writer: int, size: int, patches: _Patches, ready: _Watermark) -> None:
     if share_blocks(reader, writer):
-        ready.advance(patches.apply(reader, writer, size))
+        ready.advance(patches.apply(reader, writer, size, ready))
         return
     position = 0
     while position < size:
+        ready.require()
         moved = copy_at(reader, writer, min(STEP, size - position), position)
         if moved == 0:
             raise BadCheckpoint("The source became shorter while it was read; run it again.")
         position += moved
-        ready.advance(patches.apply(reader, writer, position))
+        ready.advance(patches.apply(reader, writer, position, ready))
 
 
 @contextmanager

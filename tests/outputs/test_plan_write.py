@@ -8,7 +8,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
+import threading
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -328,7 +331,7 @@ def test_space_for_the_undo_file(
 def test_what_a_plan_assumes(tiny: Tiny, tmp_path: Path) -> None:
     plan = planned(tiny(), tmp_path / "out")
     assert plan.generated == (CARD, MANIFEST)
-    assert (plan.product, plan.beside, plan.overwrite) == (plan.output, False, False)
+    assert (plan.product, plan.beside, plan.overwrite) == (plan.output, "", False)
     assert plan.undo_size == 0
     assert planned(tiny(), tmp_path / "out", overwrite=True).overwrite
 
@@ -876,14 +879,75 @@ def test_failure_leaves_nothing(
     interrupted(tmp_path, tiny(), expected)
 
 
+@pytest.mark.parametrize("slow", ["copying", "hashing", "patching"])
+@pytest.mark.parametrize("why", ["interrupted", "failed"])
+def test_an_end_is_prompt(
+    slow: str, why: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that write other shards stop at their next block, and nothing is left.
+
+    By themselves they would go on for ten seconds and more.
+    """
+    pause = {name: 0.05 if name == slow else 0.0 for name in ("copying", "hashing", "patching")}
+    begun = threading.Event()
+
+    def slowed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def slower(*args: Any) -> Any:
+            if pause[name]:
+                begun.set()
+                time.sleep(pause[name])
+            return call(*args)
+
+        return slower
+
+    source = tiny("llama", shards=3)
+    size = max(path.stat().st_size for path in source.glob("*.safetensors"))
+    monkeypatch.setattr(write, "STEP", size // 200 if slow == "copying" else size)
+    monkeypatch.setattr(write, "_READ", size // 200 if slow == "hashing" else size)
+    monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 1 if slow == "patching" else 4_000_000)
+    monkeypatch.setattr(write, "share_blocks", lambda _reader, _writer: False)
+    monkeypatch.setattr(write, "copy_at", slowed("copying", write.copy_at))
+    monkeypatch.setattr(write, "read_exactly", slowed("hashing", write.read_exactly))
+    monkeypatch.setattr(write, "write_exactly", slowed("patching", write.write_exactly))
+    plan = planned(source, tmp_path / "out")
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)  # so that all shards are begun together
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    if why == "failed":
+        second = sorted(plan.files, key=lambda file: -file.size)[1].name
+        opened = write._require_unchanged
+
+        def fails(checkpoint: Checkpoint, file: Any, reader: int) -> None:
+            if file.name == second and begun.wait(10):
+                raise BadCheckpoint("It changed.")
+            opened(checkpoint, file, reader)
+
+        monkeypatch.setattr(write, "_require_unchanged", fails)
+    else:
+        threading.Thread(
+            target=lambda: (begun.wait(10), os.kill(os.getpid(), signal.SIGINT)), daemon=True
+        ).start()
+    started = time.monotonic()
+    try:
+        with (
+            pytest.raises(KeyboardInterrupt if why == "interrupted" else BadCheckpoint),
+            staging(plan.output, source, overwrite=False) as folder,
+        ):
+            copy_plan(plan, folder)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert begun.is_set()
+    assert time.monotonic() - started < 5
+    assert left_in(tmp_path) == set()
+
+
 def test_a_written_tensor_that_is_wrong_is_noticed(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that stores something else, say: the checkpoint never appears."""
     honest = write._Patches.apply
 
-    def wrong(self: Any, reader: int, writer: int, copied: int) -> int:
-        done = honest(self, reader, writer, copied)
+    def wrong(self: Any, reader: int, writer: int, copied: int, ready: Any) -> int:
+        done = honest(self, reader, writer, copied, ready)
         if self.first < copied:
             os.pwrite(writer, b"\x01", self.first + 4)
         return done
