@@ -1,4 +1,4 @@
-"""What a checkpoint carries beside its weights: an allow-list, the same for folders and listings."""
+"""What a checkpoint carries beside its weights: an allow-list, in folders and in listings."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_file_is_carried_or_named(names: list[str]) -> None:
     weights = {"model.safetensors"}
     kept, left = divided(names, weights)
     for name in set(names) - weights:
-        named = [one for one in left if name == one or one.endswith("/") and name.startswith(one)]
+        named = [one for one in left if name == one or (one.endswith("/") and name.startswith(one))]
         assert (name in kept) != bool(named), name
     assert not any(is_hidden(name) for name in kept)
 
