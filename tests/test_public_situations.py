@@ -16,7 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from shared import Run, Tiny
 
-from surgery.files.checkpoint import SINGLE, Origin, open_checkpoint
+from surgery.files.checkpoint import Origin, open_checkpoint
+from surgery.files.weights import SINGLE
 from surgery.models.anatomy import describe
 from surgery.patient import texts
 

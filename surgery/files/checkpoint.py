@@ -20,7 +20,7 @@ from surgery.files.ranges import LocalFiles, Ranges
 from surgery.files.safetensors_file import TensorEntry, parse_header
 from surgery.files.side_files import other_files
 from surgery.files.text import read_json
-from surgery.files.weights import Weights, choose, require_described
+from surgery.files.weights import ADAPTER_CONFIG, Weights, choose, require_described
 
 _log = logging.getLogger(__name__)
 
@@ -127,6 +127,13 @@ class Checkpoint:
         return self.remote if self.remote is not None else LocalFiles(self.folder)
 
 
+def _no_config(folder: Path) -> str:
+    return (
+        f"{folder} has no config.json, so it is not a Hugging Face checkpoint; give a folder or a "
+        "Hub id that holds one."
+    )
+
+
 def weights_in(folder: Path) -> Weights:
     """The weights that stock transformers takes from a folder; BadCheckpoint without any."""
     names = [path.name for path in folder.iterdir() if path.is_file()]
@@ -135,6 +142,8 @@ def weights_in(folder: Path) -> Weights:
         check_links(folder, (name,))
         return read_json(folder / name)
 
+    if "config.json" not in names and ADAPTER_CONFIG not in names:
+        raise BadCheckpoint(_no_config(folder))
     config = read("config.json") if "config.json" in names else {}
     return choose(names, read, str(folder), config)
 
@@ -161,10 +170,7 @@ def open_checkpoint(
     if not folder.is_dir():
         raise BadCheckpoint(f"{folder} is not a directory.")
     if not (folder / "config.json").is_file():
-        raise BadCheckpoint(
-            f"{folder} has no config.json, so it is not a Hugging Face checkpoint; "
-            "give a folder or a Hub id that holds one."
-        )
+        raise BadCheckpoint(_no_config(folder))
     check_links(folder, ("config.json",))
     config = read_json(folder / "config.json")
     weights = weights or weights_in(folder)

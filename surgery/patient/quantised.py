@@ -250,8 +250,10 @@ def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
         if bits_here not in known or (method == "awq" and layout != "gemm"):
             raise Unsupported(refusal(f"{method} ({layout}, {bits_here} bits)"))
         if method == "gptq":
-            whole(found, "group_size", least=-1)
             words(found, "checkpoint_format")
+            # What transformers takes where nothing is said.
+            group = whole(found, "group_size", default=128, least=-1)
+            return {**found, "bits": bits_here, "group_size": group}
         # With the number of bits that was checked, whichever name it had.
         return {**found, "bits": bits_here}
     return found

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from surgery.errors import BadCheckpoint, BadSettings
 from surgery.files.side_files import carried, divided, is_hidden, other_files
+from surgery.files.weights import INDEX, Weights
 
 # Names that repositories on the Hub really hold.
 KEPT = [
@@ -27,7 +28,7 @@ KEPT = [
     *("1_Pooling/config.json", "vision/config.json", "vision/preprocessor_config.json"),
     *("LICENSE", "LICENSE.txt", "LICENCE.md", "LICENSE-2.0", "NOTICE", "USE_POLICY.md"),
     *("Llama_License.pdf", "GEMMA_TERMS_OF_USE.md", "COPYING", "README.md"),
-    *("model.safetensors.index.json", "surgery.json"),
+    *("surgery.json",),
 ]
 LEFT = [
     *(".env", ".gitattributes", ".gitignore", ".DS_Store", "vision/.env", ".ssh/config.json"),
@@ -42,6 +43,16 @@ LEFT = [
 ]
 
 
+NONE = Weights("", (), None)
+
+
+def test_the_index_of_the_weights_and_no_other() -> None:
+    shards = ("model-1.safetensors",)
+    names = (INDEX, "pytorch_model.bin.index.json", *shards)
+    assert divided(names, Weights(INDEX, shards, {"a": shards[0]})) == ((INDEX,), (names[1],))
+    assert divided(names, Weights(shards[0], shards, None)) == ((), names[:2])
+
+
 def fill(folder: Path, names: Iterable[str]) -> None:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -51,23 +62,23 @@ def fill(folder: Path, names: Iterable[str]) -> None:
 def test_the_names_of_real_repositories() -> None:
     assert [name for name in KEPT if not carried(name)] == []
     assert [name for name in LEFT if carried(name)] == []
-    kept, left = divided([*KEPT, *LEFT], set())
+    kept, left = divided([*KEPT, *LEFT], NONE)
     assert set(kept) == set(KEPT)
     assert {".env", "training_args.bin", "wandb/", "runs/", "checkpoint-5/", ".ssh/"} <= set(left)
 
 
 def test_a_folder_is_divided_as_its_listing_is(tmp_path: Path) -> None:
     fill(tmp_path, [*KEPT, *LEFT])
-    kept, left = other_files(tmp_path, set())
-    listed = divided(sorted([*KEPT, *LEFT]), set(), (), tmp_path)
+    kept, left = other_files(tmp_path, NONE)
+    listed = divided(sorted([*KEPT, *LEFT]), NONE, (), tmp_path)
     assert (set(kept), set(left)) == (set(listed[0]), set(listed[1]))
 
 
 @given(st.lists(st.sampled_from([*KEPT, *LEFT, "model.safetensors"]), unique=True))
 def test_every_file_is_carried_or_named(names: list[str]) -> None:
-    weights = {"model.safetensors"}
+    weights = Weights("model.safetensors", ("model.safetensors",), None)
     kept, left = divided(names, weights)
-    for name in set(names) - weights:
+    for name in {*names} - {*weights.files}:
         named = [one for one in left if name == one or (one.endswith("/") and name.startswith(one))]
         assert (name in kept) != bool(named), name
     assert not any(is_hidden(name) for name in kept)
@@ -94,7 +105,7 @@ def test_code_that_configurations_name(tmp_path: Path) -> None:
     (tmp_path / "layers" / "attention.py").write_text("from ..modeling_own import Own\n")
     (tmp_path / "tokenization_own.py").write_text("this is no Python")
     fill(tmp_path, ["configuration_own.py", "deeper.py", "pairs.py", "elsewhere.py", "torch.py"])
-    kept, left = other_files(tmp_path, set())
+    kept, left = other_files(tmp_path, NONE)
     assert {name for name in kept if name.endswith(".py")} == {
         *("modeling_own.py", "configuration_own.py", "tokenization_own.py", "pairs.py"),
         *("helpers.py", "deeper.py", "layers/attention.py"),
@@ -111,7 +122,7 @@ def test_pictures_that_the_card_shows_and_its_licence(tmp_path: Path) -> None:
         "<source srcset='e.webp'> ![x](.hidden/x.png) ![c](data.csv) ![up](../../etc/x.png)\n"
         "![f](https://huggingface.co/some/model/resolve/main/f.gif)\n"
     )
-    kept, left = other_files(tmp_path, set())
+    kept, left = other_files(tmp_path, NONE)
     assert set(kept) == {*shown, "README.md"}
     assert set(left) == {"not-shown.png", "data.csv", ".hidden/"}
 
@@ -125,7 +136,7 @@ def test_modules_of_a_sentence_encoder(tmp_path: Path) -> None:
         {"path": "2_Dense", "type": "own_st.Dense"},
     ]
     (tmp_path / "modules.json").write_text(json.dumps(modules))
-    kept, left = other_files(tmp_path, set())
+    kept, left = other_files(tmp_path, NONE)
     assert set(kept) == {*files, "modules.json", "own_st.py"}
     # A folder with weights of its own is another model.
     assert set(left) == {"3_Other/config.json", "3_Other/model.safetensors"}
@@ -134,13 +145,13 @@ def test_modules_of_a_sentence_encoder(tmp_path: Path) -> None:
 def test_more_on_request(tmp_path: Path) -> None:
     """But nothing hidden; and a pattern that matches nothing is a mistake."""
     fill(tmp_path, ["docs/a.md", "docs/deep/b.md", "wandb/kept.txt", "wandb/c.log", "x/.env"])
-    kept, left = other_files(tmp_path, set(), ("docs/*.md", "wandb/kept.txt"))
+    kept, left = other_files(tmp_path, NONE, ("docs/*.md", "wandb/kept.txt"))
     assert set(kept) == {"docs/a.md", "docs/deep/b.md", "wandb/kept.txt"}
     assert set(left) == {"wandb/", "x/.env"}
     for pattern in ("nothing/*", "x/.env", ".e*"):
         with pytest.raises(BadSettings, match="--include"):
-            other_files(tmp_path, set(), (pattern,))
-    assert "x/.env" not in other_files(tmp_path, set(), ("*",))[0]
+            other_files(tmp_path, NONE, (pattern,))
+    assert "x/.env" not in other_files(tmp_path, NONE, ("*",))[0]
 
 
 def test_links_to_folders(tmp_path: Path) -> None:
@@ -148,10 +159,10 @@ def test_links_to_folders(tmp_path: Path) -> None:
     (tmp_path / "wandb" / "run-1").mkdir(parents=True)
     (tmp_path / "wandb" / "latest-run").symlink_to(tmp_path / "wandb" / "run-1")
     (tmp_path / ".git").symlink_to(tmp_path / "wandb")
-    assert other_files(tmp_path, set()) == ((), (".git/", "wandb/"))
+    assert other_files(tmp_path, NONE) == ((), (".git/", "wandb/"))
     (tmp_path / "vision").symlink_to(tmp_path / "wandb")
     with pytest.raises(BadCheckpoint, match="link to a folder"):
-        other_files(tmp_path, set())
+        other_files(tmp_path, NONE)
 
 
 @pytest.mark.parametrize("text", ["", "[", "[" * 99999, "null", '{"auto_map": 3}', "[3, [1]]"])
@@ -159,4 +170,4 @@ def test_damaged_files_that_name_others(text: str, tmp_path: Path) -> None:
     fill(tmp_path, ["a.py"])
     for name in ("config.json", "modules.json", "README.md", "tokenizer_config.json"):
         (tmp_path / name).write_text(text)
-    assert "a.py" in other_files(tmp_path, set())[1]
+    assert "a.py" in other_files(tmp_path, NONE)[1]

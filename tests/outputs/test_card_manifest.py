@@ -193,7 +193,6 @@ def test_no_path_of_this_machine(
     text = home / "words.txt"
     text.write_text("The quick brown fox jumps over the lazy dog by the river bank.\n" * 60)
     start = {"absolute": f"{home}/", "home": "~/", "relative": "", "above": "../"}[typed]
-    typed_here = [f"{up}/{name}" for up in ("~", "..") for name in (model.name, "words")]
     out = tmp_path / ("out.gguf" if "gguf" in form else "out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(home))

@@ -117,7 +117,7 @@ def test_adapters_beside_a_whole_model_do_not_matter(tiny_copy: Tiny) -> None:
     (folder / "adapter_model.safetensors").write_bytes(b"")
     said: list[str] = []
     found = resolve(str(folder), say=said.append)
-    assert found.left_out == ("adapter_model.safetensors", "adapter_config.json")
+    assert found.left_out == ("adapter_config.json", "adapter_model.safetensors")
     assert ["whose adapter is no part" in sentence for sentence in said] == [True]
 
 
