@@ -43,7 +43,7 @@ LEFT = [
 ]
 
 
-NONE = Weights("", (), None)
+NONE = Weights("", (), None, quantised=True)
 
 
 def test_the_index_of_the_weights_and_no_other() -> None:
