@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.files.checkpoint import Checkpoint
 from surgery.folds.base import Fold
+from surgery.folds.edits import Edit
 from surgery.method.mask import Mask
 from surgery.outputs.checks import Check
 from surgery.patient.patient import Loading, Patient
@@ -19,6 +21,16 @@ if TYPE_CHECKING:
 
 # Tokens on which base, hooks and written checkpoint are compared logit by logit.
 VERIFY_TOKENS = 192
+# KL, in nats per token, that the same weights may leave when they are run twice.
+_AGAIN = {"float32": 1e-5, "float64": 1e-5, "float16": 1e-3, "bfloat16": 1e-3}
+# KL, in nats per token, that rounding to a stored format alone may leave.
+_ROUNDING = {"F32": 1e-5, "F64": 1e-5, "F16": 1e-3, "BF16": 2e-2}
+# The gate measures on more tokens and longer sequences, where the first token counts for less.
+_SMALLER_SAMPLE = 10
+# Without a gate: the share of the base's distance that a fold of the mask leaves at most.
+_UNMEASURED = 0.5
+_IN_MEMORY = "logits are those of the weights folded in memory"
+_PAPER = "logits against the paper's mask (hook on the first token)"
 
 
 @dataclass(frozen=True)
@@ -64,25 +76,55 @@ def masked_logits(batch: Batch, patient: Patient, mask: Mask, tokens: str) -> to
     return batch.logits(patient.model, context)
 
 
-def behaviour(patient: Patient, mask: Mask, fold: Fold, folder: Path) -> list[Check]:
+def behaviour(
+    patient: Patient,
+    mask: Mask,
+    fold: Fold,
+    folder: Path,
+    edits: Sequence[Edit],
+    quality: Mapping[str, Any] | None,
+) -> list[Check]:
     """The written checkpoint, loaded by stock transformers, against the base under hooks.
 
-    The patient's model is released before the written one is loaded.
+    A fold that only approximates the hooks is compared with itself in memory too. The patient's
+    model is released before the written one is loaded.
+
+    Args:
+        patient: the base.
+        mask: what was folded in.
+        fold: that did it.
+        folder: of the written checkpoint.
+        edits: of the fold, in the names of the patient's model; of no use for exact folds.
+        quality: what the gate measured, as a manifest has it; None where there was none.
 
     Raises:
         BadCheckpoint: when the checkpoint does not load.
     """
-    batch = Batch.of(patient)
+    from surgery.folds import editing  # imports torch
+    from surgery.measure.logits import divergence
+
+    batch, dtype = Batch.of(patient), patient.loading.dtype
     base = batch.logits(patient.model)
     reference = masked_logits(batch, patient, mask, fold.tokens)
+    folded = None
+    if not fold.exact:
+        context = editing.edited(patient.model, patient.plain, edits)
+        folded = batch.logits(patient.model, context)
     patient.release()
-    # Halving a gain is exact in any binary format, scaling by other factors is rounded.
-    rounded = mask.strength not in (0.0, 1.0)
     with loadable(folder) as loaded:
         logits, checks = stock_load(loaded, batch, patient.loading)
-    if fold.exact:
-        return [*checks, equal(logits, reference, patient.loading.dtype, rounded=rounded)]
-    return [*checks, near_reference(logits, reference, base)]
+    if folded is None:
+        # Halving a gain is exact in any binary format, scaling by other factors is rounded.
+        rounded = mask.strength not in (0.0, 1.0)
+        return [*checks, equal(logits, reference, dtype, rounded=rounded)]
+    # The gate, too, measured the rounded weights.
+    again = run_again(dtype)
+    whole = divergence(folded.double(), base.double())
+    return [
+        *checks,
+        as_folded(_IN_MEMORY, logits, folded, min(again, 0.01 * whole + 1e-6)),
+        near_reference(logits, reference, base, quality, again),
+    ]
 
 
 def stock_load(folder: Path, batch: Batch, loading: Loading) -> tuple[torch.Tensor, list[Check]]:
@@ -117,14 +159,64 @@ def equal(logits: Any, reference: Any, dtype: str, *, rounded: bool) -> Check:
     return Check(name, rounded and difference <= 0.02 * largest, detail)
 
 
-def near_reference(logits: Any, reference: Any, base: Any) -> Check:
-    """Logits that approximate the paper's mask, and how much nearer they are than the base's."""
+def run_again(dtype: str) -> float:
+    """KL that the same weights may leave when they are run twice, nats per token.
+
+    Sums may be taken in another order.
+    """
+    return _AGAIN.get(dtype, max(_AGAIN.values()))
+
+
+def rounding_of(checkpoint: Checkpoint) -> float:
+    """KL that rounding to the checkpoint's formats alone may leave, nats per token."""
+    formats = {entry.dtype for entry in checkpoint.tensors.values()} & set(_ROUNDING)
+    return max((_ROUNDING[name] for name in formats), default=_ROUNDING["F32"])
+
+
+def as_folded(name: str, logits: Any, folded: Any, allowed: float) -> Check:
+    """Logits that must be those of the weights folded in memory, up to rounding."""
     from surgery.measure.logits import divergence  # imports torch
 
-    distance = divergence(reference, logits)
-    return Check(
-        "logits against the paper's mask (hook on the first token)",
-        math.isfinite(distance),
-        f"KL(reference ‖ this) {distance:.2e} nats per token; "
-        f"KL(reference ‖ base) {divergence(reference, base):.2e}",
+    distance = divergence(folded.double(), logits.double())
+    detail = f"KL(folded ‖ this) {distance:.2e} nats per token, allowed {allowed:.1e}"
+    return Check(name, distance <= allowed, detail)
+
+
+def near_reference(
+    logits: Any,
+    reference: Any,
+    base: Any,
+    quality: Mapping[str, Any] | None,
+    rounding: float,
+    name: str = _PAPER,
+) -> Check:
+    """Logits that approximate the paper's mask as nearly as the gate has measured.
+
+    Args:
+        logits: of what was written, [tokens, vocabulary].
+        reference: of the base under the paper's hooks, likewise.
+        base: of the base, likewise.
+        quality: what the gate measured, as a manifest has it. Without it the fold must be nearer
+            to the reference than half the base's distance: an unrelated reference is as far from
+            the fold as from the base.
+        rounding: KL that rounding alone, or running it twice, may leave, nats per token.
+        name: of the check.
+    """
+    from surgery.measure.logits import divergence  # imports torch
+
+    distance = divergence(reference.double(), logits.double())
+    whole = divergence(reference.double(), base.double())
+    variants = quality["variants"] if quality is not None else []
+    folded: Mapping[str, Any] = next((one for one in variants if one["name"] == "folded"), {})
+    measured = folded.get("kl_from_reference")
+    if measured is not None:
+        allowed = _SMALLER_SAMPLE * measured + rounding
+        why = f"{_SMALLER_SAMPLE} times the gate's {measured:.1e}, and rounding"
+    else:
+        allowed = _UNMEASURED * whole + rounding
+        why = f"{_UNMEASURED:g} of the base's, as no gate ran, and rounding"
+    detail = (
+        f"KL(reference ‖ this) {distance:.2e} nats per token, allowed {allowed:.2e} ({why}); "
+        f"KL(reference ‖ base) {whole:.2e}"
     )
+    return Check(name, distance <= allowed, detail)

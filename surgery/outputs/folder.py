@@ -93,7 +93,14 @@ class Folder(Output):
             if operation.settings.check:
                 reporter.say("Verifying")
                 checks.append(verify_untouched(checkpoint, folder, [e.tensor for e in plan.edits]))
-                checks += behaviour(operation.patient, operation.mask, operation.fold, folder)
+                checks += behaviour(
+                    operation.patient,
+                    operation.mask,
+                    operation.fold,
+                    folder,
+                    operation.edits,
+                    manifest.quality,
+                )
             verification = Verification(tuple(checks))
             verification.require()
             files = [FileRecord(w.name, w.size, w.sha256, w.source_sha256) for w in written]
@@ -121,9 +128,10 @@ class Folder(Output):
         originals = manifest.originals()
         if originals:
             checks.append(verify_originals(base, originals))
-        fold = manifest.settings.fold_used
-        checks += behaviour(review.patient(), manifest.mask(), fold, path)
-        return checks
+        fold, mask, patient = manifest.settings.fold_used, manifest.mask(), review.patient()
+        # Again from the anatomy: a manifest does not say where a tensor is in the loaded model.
+        known = () if fold.exact else fold.edits(patient.anatomy, mask, manifest.calibration())
+        return [*checks, *behaviour(patient, mask, fold, path, known, manifest.quality)]
 
     def restore(self, review: Review, target: Path) -> Restored:
         path, manifest, reporter = review.path, review.manifest, review.reporter

@@ -104,7 +104,7 @@ class Gguf(Output):
         with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
             folder = Path(temporary)
             gguf_to_safetensors(written, folder)
-            return behaviour(patient, mask, fold_named("norm"), folder)
+            return behaviour(patient, mask, fold_named("norm"), folder, (), None)
 
     def wrote(self, manifest: Manifest, path: Path) -> bool:
         return path.is_file() and manifest.settings.form == "checkpoint"

@@ -133,17 +133,26 @@ class _Finishing:
         self.record["changed"] = write_merged(case.checkpoint, updates, names, self.merged)
         shut = masks.closed(case)
         checks = [verify_closed(updates, shut)] if shut else []
-        folded, fold = self.merged, None
+        folded, fold, quality = self.merged, None, None
         if masks.fold is not None:
             fold = case.settings.fold_used
             conversion = self._fold(self.merged, part / MODEL, _Within(self.reporter), check=True)
             folded = conversion.output
             assert conversion.verification is not None
+            assert conversion.manifest is not None
+            quality = conversion.manifest.quality
             checks += conversion.verification.checks
             if fold.exact:
                 checks.append(verify_masked(folded, conversion.plan.edits))
         self.reporter.say("Comparing with the trained model under hooks")
-        checks += agreement(case.patient, self.trained.adapter, folded, mask=masks.fold, fold=fold)
+        checks += agreement(
+            case.patient,
+            self.trained.adapter,
+            folded,
+            mask=masks.fold,
+            fold=fold,
+            quality=quality,
+        )
         if treatment.save in ("adapter", "both"):
             self._adapter(updates, names)
             made = open_checkpoint(folded, Origin("directory", "merged", str(folded)))

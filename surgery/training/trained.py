@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from surgery.files.text import write_text
 from surgery.folds.base import Fold
 from surgery.measure.logits import divergence
 from surgery.method.mask import Mask
-from surgery.outputs.behaviour import Batch
+from surgery.outputs.behaviour import Batch, near_reference, rounding_of
 from surgery.outputs.card import front_matter, render_card
 from surgery.outputs.checks import Check, Verification
 from surgery.outputs.describe import hashed
@@ -28,8 +27,6 @@ from surgery.patient.patient import Patient
 from surgery.training.lora import LowRank
 
 RECORD = "training.json"
-# Distance, in nats per token, that rounding alone may leave between hooks and folded weights.
-_ROUNDING = {"F32": 1e-5, "F64": 1e-5, "F16": 1e-3, "BF16": 2e-2}
 
 
 def verify_closed(updates: Mapping[str, LowRank], shut: Mapping[str, tuple[int, ...]]) -> Check:
@@ -54,6 +51,7 @@ def agreement(
     mask: Mask | None = None,
     fold: Fold | None = None,
     base: Path | None = None,
+    quality: Mapping[str, Any] | None = None,
 ) -> list[Check]:
     """A written checkpoint against base, adapter and hooks, on the same held-out text.
 
@@ -64,6 +62,7 @@ def agreement(
         mask: what the hooks mask, on the tokens of `fold`; None for no hooks.
         fold: what was folded in.
         base: where the adapter's base lies, instead of the patient's.
+        quality: what the gate measured of the fold, as a manifest has it.
     """
     from peft import PeftModel  # imports torch
 
@@ -92,7 +91,8 @@ def agreement(
     distance = divergence(known.double(), found.double())
     difference = float((known.double() - found.double()).abs().max())
     detail = f"KL {distance:.2e} nats per token, largest logit difference {difference:.2e}"
-    near = distance <= _rounding(patient.checkpoint)
+    rounding = rounding_of(patient.checkpoint)
+    near = distance <= rounding
     if base is not None:
         return [Check("the adapter on its base equals the merged checkpoint", near, detail)]
     if fold is None:
@@ -101,14 +101,7 @@ def agreement(
     if fold.exact:
         return [Check(name, near, detail)]
     # The fold approximates the mask of the first token.
-    detail += f"; without the fold KL {divergence(known.double(), unmasked.double()):.2e}"
-    return [Check(name, math.isfinite(distance), detail)]
-
-
-def _rounding(checkpoint: Checkpoint) -> float:
-    """Distance that rounding to the checkpoint's formats alone may leave, nats per token."""
-    formats = {entry.dtype for entry in checkpoint.tensors.values()} & set(_ROUNDING)
-    return max(_ROUNDING[name] for name in formats)
+    return [near_reference(found, known, unmasked, quality, rounding, name)]
 
 
 def stands_alone(adapter: Path, record: Mapping[str, Any], base: Checkpoint) -> list[Check]:

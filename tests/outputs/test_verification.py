@@ -24,7 +24,7 @@ from surgery.folds.edits import Columns, Gain
 from surgery.measure.logits import divergence
 from surgery.models.loading import load_model
 from surgery.outputs import checks as verification
-from surgery.outputs.behaviour import Batch, equal, near_reference, stock_load
+from surgery.outputs.behaviour import Batch, as_folded, equal, near_reference, stock_load
 from surgery.outputs.checks import (
     Check,
     Verification,
@@ -318,6 +318,7 @@ def behaviour(
     *,
     exact: bool = True,
     rounded: bool = False,
+    quality: dict[str, Any] | None = None,
     **options: Any,
 ) -> list[Check]:
     ids, real, base = logits
@@ -325,7 +326,7 @@ def behaviour(
     found, checks = stock_load(folder, batch, loading)
     if exact:
         return [*checks, equal(found, reference, loading.dtype, rounded=rounded)]
-    return [*checks, near_reference(found, reference, base)]
+    return [*checks, near_reference(found, reference, base, quality, 1e-5)]
 
 
 def test_logits_equal(tiny: Tiny, logits: tuple[Any, Any, Any]) -> None:
@@ -401,10 +402,21 @@ def test_logits_near(
     )
 
 
-def test_the_sink_fold_is_measured_and_not_expected_to_be_equal(
+def measured(distance: float | None) -> dict[str, Any]:
+    """What a manifest has of a gate that found the fold at a distance of its reference."""
+    return {
+        "variants": [
+            {"name": "base", "kl_from_reference": None},
+            {"name": "reference", "kl_from_reference": 0.0},
+            {"name": "folded", "kl_from_reference": distance},
+        ]
+    }
+
+
+def test_the_sink_fold_is_as_near_its_reference_as_the_gate_found(
     tiny_copy: Tiny, logits: tuple[Any, Any, Any]
 ) -> None:
-    """How far the written checkpoint and the base are from the paper's mask, each by itself."""
+    """Ten times the gate's distance, or half of the base's where no gate ran, and rounding."""
     folder = tiny_copy("llama")
     change(folder, surgery.resolve(str(folder)), GAIN, lambda values: None, (3, 60))
     ids, real, of_base = logits
@@ -417,19 +429,94 @@ def test_the_sink_fold_is_measured_and_not_expected_to_be_equal(
         return float((p * (p / q).log()).sum(-1).mean())
 
     name = "logits against the paper's mask (hook on the first token)"
-    for reference in (written, 0.9 * written + 0.1 * of_base, of_base):
-        checks = behaviour(folder, logits, reference, exact=False)
-        assert [check.name for check in checks[2:]] == [name]
-        found = re.fullmatch(
-            r"KL\(reference ‖ this\) (\S+) nats per token; KL\(reference ‖ base\) (\S+)",
-            checks[-1].detail,
+    unrelated = torch.roll(of_base, 1, dims=-1)
+    for reference in (written, 0.9 * written + 0.1 * of_base, of_base, unrelated):
+        distance, whole = by_hand(reference, written), by_hand(reference, of_base)
+        for gate in (None, measured(None), measured(0.0), measured(1e-4), measured(distance / 9)):
+            check = behaviour(folder, logits, reference, exact=False, quality=gate)[-1]
+            found = re.fullmatch(
+                r"KL\(reference ‖ this\) (\S+) nats per token, allowed (\S+) \((.+)\); "
+                r"KL\(reference ‖ base\) (\S+)",
+                check.detail,
+            )
+            assert found is not None, check.detail
+            kl = gate["variants"][-1]["kl_from_reference"] if gate else None
+            limit = (10 * kl if kl is not None else 0.5 * whole) + 1e-5
+            assert check.name == name
+            assert float(found[1]) == pytest.approx(distance, rel=0.01, abs=1e-8)
+            assert float(found[2]) == pytest.approx(limit, rel=0.01)
+            assert ("no gate ran" in found[3]) == (kl is None)
+            assert float(found[4]) == pytest.approx(whole, rel=0.01, abs=1e-8)
+            assert check.passed == (distance <= limit)
+    for gate in (None, measured(1e-4)):
+        assert behaviour(folder, logits, written, exact=False, quality=gate)[-1].passed
+        for wrong in (unrelated, written * float("nan")):
+            assert not behaviour(folder, logits, wrong, exact=False, quality=gate)[-1].passed
+
+
+def test_the_sink_fold_is_what_was_folded_in_memory(logits: tuple[Any, Any, Any]) -> None:
+    """Up to the rounding that is allowed; another's logits, or none, are not."""
+    known = logits[2]
+    assert as_folded("x", known.clone(), known, 1e-5).passed
+    noise = 1e-4 * torch.sin(torch.arange(known.shape[-1]))
+    assert as_folded("x", known + noise, known, 1e-5).passed
+    for other in (torch.roll(known, 1, dims=-1), 1.1 * known, known * float("nan")):
+        check = as_folded("x", other, known, 1e-5)
+        assert not check.passed
+        assert check.detail.endswith("nats per token, allowed 1.0e-05")
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "adapter"])
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("wrong", ["reference", "folded"])
+def test_a_sink_fold_that_is_another_is_refused(
+    form: str, checked: bool, wrong: str, tiny: Tiny, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """An unrelated reference, or other weights in memory, for what is written and verified."""
+    if form == "adapter":
+        pytest.importorskip("peft")
+    output = tmp_path / "out"
+
+    def make() -> Any:
+        return surgery.convert(
+            str(tiny("llama", layers=6)),
+            layer=3,
+            scope="all",
+            fold="sink",
+            form=form,
+            output=output,
+            check=checked,
+            check_tokens=300,
+            calibration_tokens=512,
+            force=True,
         )
-        assert found is not None, checks[-1].detail
-        assert float(found[1]) == pytest.approx(by_hand(reference, written), rel=0.01, abs=1e-8)
-        assert float(found[2]) == pytest.approx(by_hand(reference, of_base), rel=0.01, abs=1e-8)
-        assert torch.equal(reference, of_base) or checks[-1].passed  # nearer than the base is
-    broken = behaviour(folder, logits, written * float("nan"), exact=False)
-    assert not broken[-1].passed
+
+    if not checked:
+        make()
+        assert surgery.verify(output).passed
+    if wrong == "reference":
+        from surgery.outputs import adapter
+        from surgery.outputs import behaviour as module
+
+        honest = module.masked_logits
+        for place in (module, adapter):
+            monkeypatch.setattr(
+                place, "masked_logits", lambda *given: torch.roll(honest(*given), 1, dims=-1)
+            )
+        name = "logits against the paper's mask (hook on the first token)"
+    else:
+        from contextlib import nullcontext
+
+        monkeypatch.setattr("surgery.folds.editing.edited", lambda *_: nullcontext())
+        name = "folded"
+    if checked:
+        with pytest.raises(VerificationFailed, match=re.escape(name)):
+            make()
+        assert not output.exists()
+    else:
+        failing = [check.name for check in surgery.verify(output).checks if not check.passed]
+        assert len(failing) == 1
+        assert name in failing[0]
 
 
 def test_logits_that_are_not_finite(tiny_copy: Tiny, logits: tuple[Any, Any, Any]) -> None:

@@ -383,6 +383,51 @@ def test_a_sink_fold_goes_into_the_adapter(by_fold: ByFold) -> None:
     assert (one - other).abs().max() < 1e-3 * other.abs().max()
 
 
+def test_a_folded_training_is_near_its_own_reference_alone(
+    by_fold: ByFold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As near as the gate measured on the merged model; another model's logits are refused."""
+    from contextlib import contextmanager
+
+    from surgery.patient.patient import Patient
+    from surgery.training.trained import agreement
+
+    result = by_fold("sink")
+    assert result.model is not None
+    manifest = surgery.read_manifest(result.model)
+    assert manifest.quality is not None
+
+    def check(quality: Any) -> Any:
+        patient = Patient(surgery.resolve(str(by_fold.base)), manifest.settings.loading)
+        (found,) = agreement(
+            patient,
+            result.output / "training" / "adapter",
+            result.model,  # type: ignore[arg-type]
+            mask=manifest.mask(),
+            fold=manifest.settings.fold_used,
+            quality=quality,
+        )
+        return found
+
+    assert "times the gate's" in check(manifest.quality).detail
+    assert check(manifest.quality).passed
+
+    @contextmanager
+    def another(model: Any, *_args: Any, **_options: Any) -> Any:
+        hook = model.get_output_embeddings().register_forward_hook(
+            lambda _module, _args, logits: logits.roll(1, dims=-1)
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr("surgery.models.masking.wemask", another)
+    for quality in (manifest.quality, None):
+        refused = check(quality)
+        assert not refused.passed, refused.detail
+
+
 def test_looking_at_a_trained_checkpoint_again(by_fold: ByFold, run: Run, tmp_path: Path) -> None:
     """verify proves what was not trained; reproduce and revert say why they cannot."""
     result = by_fold("norm")
