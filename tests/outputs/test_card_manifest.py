@@ -24,7 +24,7 @@ from safetensors import safe_open
 import surgery
 from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.files.checkpoint import Origin
-from surgery.files.generated import CARD, FIGURE, MANIFEST
+from surgery.files.generated import CARD, FIGURE, LOSS_FIGURE, MANIFEST
 from surgery.jobs import verify as review
 from surgery.outputs.card import (
     ADAPTER_CARD,
@@ -625,6 +625,38 @@ def test_no_check_is_admitted(tiny: Tiny, tmp_path: Path) -> None:
     assert "--no-check" in card
     assert not (tmp_path / "out" / FIGURE).exists()
     assert FIGURE not in card
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_loss_figure_is_shown_where_it_is(
+    drawn: bool, converted_copy: Callable[..., Path], run: Run
+) -> None:
+    """Of a training that logged no loss there is none."""
+    folder = converted_copy()
+    (folder / MANIFEST).write_text(json.dumps({**raw(folder), "training": TRAINING}))
+    if drawn:
+        (folder / LOSS_FIGURE).write_bytes((folder / FIGURE).read_bytes())
+    run("card", folder).ok()
+    assert (LOSS_FIGURE in (folder / CARD).read_text(encoding="utf-8")) == drawn
+
+
+def test_the_returned_manifest_is_the_one_in_the_file(
+    tiny: Tiny, small_gguf: Path, tmp_path: Path
+) -> None:
+    from gguf_cut import LAYER
+
+    for form, model, more in (
+        ("checkpoint", tiny(), {}),
+        ("adapter", tiny(), {"fold": "sink"}),
+        ("gguf", small_gguf, {"layer": LAYER}),
+        ("gguf-adapter", small_gguf, {"layer": LAYER, "fold": "sink"}),
+    ):
+        out = tmp_path / (f"{form}.gguf" if "gguf" in form else form)
+        given = {"form": form} if "adapter" in form else {}
+        made = surgery.convert(str(model), output=out, force=True, **QUICK, **more, **given)
+        assert made.verification is not None
+        assert made.verification.passed
+        assert made.manifest == opened(out)[1], form
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5])
