@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from surgery.errors import BadCheckpoint, SurgeryError, VerificationFailed
 from surgery.files.checkpoint import Checkpoint, Origin, check_links, open_checkpoint
@@ -190,17 +193,41 @@ def verify_originals(base: Checkpoint, originals: Mapping[str, bytes]) -> Check:
     return checked("original values kept for undoing are the base's", test)
 
 
-def verify_masked(folder: Path, edits: Sequence[Edit]) -> Check:
-    """The masked inputs are exactly zero in the saved file: gain and bias, or input columns."""
+def verify_masked(base: Checkpoint, folder: Path, edits: Sequence[Edit]) -> Check:
+    """What counts of the masked inputs in the saved file: gains and biases, or input columns.
+
+    At strength 1 it is exactly zero; at another it is the base's times 1 - γ, rounded once.
+
+    Args:
+        base: the unfolded model; only what is masked has to be as before the fold.
+        folder: of the saved checkpoint.
+        edits: of a fold that is exact.
+    """
     saved = open_checkpoint(folder, Origin("directory", folder.name, str(folder)))
-    wrong, seen = "", 0
-    for edit in edits:
-        values = edit.masked(saved.read(edit.tensor))
-        seen += values.size
-        if edit.strength == 1.0 and values.any():
-            wrong = wrong or edit.tensor
-    return Check(
-        "masked inputs are exactly zero in the saved file",
-        not wrong,
-        f"{wrong} is not zero" if wrong else f"{seen} values",
+    strengths = {edit.strength for edit in edits} - {1.0}
+    shares = ", ".join(f"{1.0 - strength:.6g}" for strength in sorted(strengths))
+    name = (
+        f"masked inputs are {shares} times the base's, rounded once, in the saved file"
+        if strengths
+        else "masked inputs are exactly zero in the saved file"
     )
+
+    def test() -> str:
+        seen: Counter[str] = Counter()
+        for edit in edits:
+            values = edit.masked(saved.read(edit.tensor))
+            if edit.strength == 1.0:
+                expected = np.zeros_like(values)
+            else:
+                dtype = base.tensors[edit.tensor].dtype
+                expected = edit.masked(edit.apply(base.read(edit.tensor), dtype))
+            if not np.array_equal(values, expected):
+                what = "zero" if edit.strength == 1.0 else "that multiple of the base's"
+                raise BadCheckpoint(f"{edit.tensor} is not {what}")
+            seen[edit.kind] += values.size
+        return ", ".join(f"{count} values of {_KINDS[kind]}" for kind, count in seen.items())
+
+    return checked(name, test)
+
+
+_KINDS = {"gain": "gains", "bias": "biases", "columns": "input columns"}

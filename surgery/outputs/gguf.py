@@ -26,6 +26,7 @@ from surgery.outputs.gguf_names import MANIFEST_KEY
 from surgery.outputs.gguf_patch import (
     gguf_edits,
     open_gguf,
+    require_editable_gains,
     restore_gguf,
     verify_gguf_bytes,
     write_gguf,
@@ -62,6 +63,8 @@ class Gguf(Output):
                 "back that conversion with surgery revert first."
             )
         shards = shards_of(path)
+        if request.settings.strength != 0.0:
+            require_editable_gains([read_gguf(shard) for shard in shards])
         check_gguf_output(shards, request.target, len(shards), overwrite=request.overwrite)
 
     def plan(self, operation: Operation, target: Path, *, overwrite: bool) -> Plan:

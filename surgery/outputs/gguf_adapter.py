@@ -10,6 +10,7 @@ import numpy as np
 
 from surgery.errors import BadCheckpoint, BadSettings
 from surgery.files.gguf_file import names_gguf, read_gguf
+from surgery.models.anatomy import text_config
 from surgery.outputs.base import (
     Output,
     Request,
@@ -26,7 +27,12 @@ from surgery.outputs.gguf_container import (
     gguf_staging,
     repeated_gguf_name,
 )
-from surgery.outputs.gguf_updates import GgufUpdate, updates_for, write_gguf_adapter
+from surgery.outputs.gguf_updates import (
+    GgufUpdate,
+    llama_architecture,
+    updates_for,
+    write_gguf_adapter,
+)
 from surgery.outputs.low_rank import UPDATES, size_of
 from surgery.outputs.manifest import Manifest, manifest_text
 from surgery.outputs.operation import Operation
@@ -52,7 +58,9 @@ class GgufAdapter(Output):
             raise BadSettings(
                 "--as gguf-adapter writes one file; give an --output ending in .gguf."
             )
-        sources = request.checkpoint.sources
+        config, sources = request.checkpoint.config, request.checkpoint.sources
+        if request.checkpoint.gguf is None:
+            llama_architecture(str(text_config(config).get("model_type")), config)
         check_gguf_output(sources, request.target, 1, overwrite=request.overwrite)
 
     def plan(self, operation: Operation, target: Path, *, overwrite: bool) -> Plan:

@@ -97,15 +97,34 @@ def gguf_edits(files: Sequence[GgufFile], patient: Patient, mask: Mask) -> tuple
     return tuple(edits)
 
 
+def require_editable_gains(files: Sequence[GgufFile]) -> None:
+    """Raise Unsupported where no layer's gain is stored so that it can be edited.
+
+    Known from the headers; what a target layer's gain holds is compared once it is known.
+    """
+    gains = [
+        (name, tensor.kind)
+        for file in files
+        for name, tensor in file.tensors.items()
+        if name.endswith(".attn_norm.weight")
+    ]
+    if gains and all(kind != F32 for _, kind in gains):
+        raise _not_f32(*gains[0])
+
+
+def _not_f32(name: str, kind: int) -> Unsupported:
+    return Unsupported(
+        f"{name} of the GGUF is stored as {tensor_type(kind)}, and only norms stored as F32, as "
+        "llama.cpp's converter does, are edited."
+    )
+
+
 def _values(files: Sequence[GgufFile], name: str) -> Any:
     for file in files:
         if name in file.tensors:
             kind = file.tensors[name].kind
             if kind != F32:
-                raise Unsupported(
-                    f"{name} of the GGUF is stored as {tensor_type(kind)}, and only norms stored "
-                    "as F32, as llama.cpp's converter does, are edited."
-                )
+                raise _not_f32(name, kind)
             return values_of(file, file.tensors[name])
     raise BadCheckpoint(f"The GGUF has no tensor {name}.")
 

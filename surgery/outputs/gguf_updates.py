@@ -44,15 +44,17 @@ class GgufUpdate:
     b: NDArray[np.float32]
 
 
-def gguf_updates(
-    terms: Sequence[Term], anatomy: Anatomy, config: Mapping[str, Any]
-) -> tuple[str, list[GgufUpdate]]:
-    """llama.cpp's architecture and updates for a safetensors base.
+def llama_architecture(kind: str, config: Mapping[str, Any]) -> str:
+    """llama.cpp's name of a safetensors model's architecture.
 
-    Raises Unsupported for architectures whose row order in GGUF is not known here.
+    Args:
+        kind: model_type of the text decoder.
+        config: of the whole model.
+
+    Raises:
+        Unsupported: where its row order in GGUF is not known here.
     """
-    kind, whole = anatomy.model_type, str(config.get("model_type"))
-    architecture = _PLAIN.get(kind) or _REGROUPED.get(kind)
+    architecture, whole = _PLAIN.get(kind) or _REGROUPED.get(kind), str(config.get("model_type"))
     if architecture is not None and is_multimodal(config):
         architecture = _MULTIMODAL.get(whole)
     if architecture is None:
@@ -60,6 +62,18 @@ def gguf_updates(
             f"How llama.cpp orders the rows of {whole} projections is not known here; give the "
             ".gguf file itself as MODEL, from which --as gguf-adapter works for any architecture."
         )
+    return architecture
+
+
+def gguf_updates(
+    terms: Sequence[Term], anatomy: Anatomy, config: Mapping[str, Any]
+) -> tuple[str, list[GgufUpdate]]:
+    """llama.cpp's architecture and updates for a safetensors base.
+
+    Raises Unsupported for architectures whose row order in GGUF is not known here.
+    """
+    kind = anatomy.model_type
+    architecture = llama_architecture(kind, config)
     text = text_config(config)
     heads = int(text["num_attention_heads"]) if kind in _REGROUPED else 0
     key_heads = int(text.get("num_key_value_heads") or heads) if heads else 0

@@ -15,6 +15,7 @@ from surgery.outputs.checks import (
 )
 from surgery.outputs.folder import Folder
 from surgery.outputs.manifest import Manifest
+from surgery.outputs.plan import edits_by_file
 from surgery.outputs.review import Review
 
 
@@ -33,7 +34,9 @@ class Trained(Folder):
             return checks
         edits = manifest.rebuilt_edits()
         if manifest.settings.fold_used.exact:
-            checks.append(verify_masked(path, edits))
+            # The training was kept from reading S, so that the base's values there are the merged.
+            edits_by_file(base, edits)  # a damaged manifest may name anything
+            checks.append(verify_masked(base, path, edits))
         changed = {*manifest.training["changed"], *(edit.tensor for edit in edits)}
         known = sorted(name for name in changed if name in base.tensors)
         checks.append(verify_untouched(base, path, known, manifest.files))

@@ -143,7 +143,7 @@ class _Finishing:
             quality = conversion.manifest.quality
             checks += conversion.verification.checks
             if fold.exact:
-                checks.append(verify_masked(folded, conversion.plan.edits))
+                checks.append(verify_masked(case.checkpoint, folded, conversion.plan.edits))
         self.reporter.say("Comparing with the trained model under hooks")
         checks += agreement(
             case.patient,

@@ -77,8 +77,8 @@ BYTES = (
     "tests/files/test_checkpoint.py",
     "tests/outputs/test_plan_write.py",
 )
-# What is about the calls that are hidden here; and an interrupt while a file is patched, after which
-# the temporary folder stays for the next run to remove where an open file cannot be.
+# What is about the calls that are hidden here; and an interrupt while a file is patched, after
+# which the temporary folder stays for the next run where an open file cannot be removed.
 ABOUT_THEM = (
     "not (calls_that_copy or copying_by or short_reads or write_back or umask or pipe or wrong_is"
     " or disk_that_fails_is_not_asked or (end_is_prompt and patching))"

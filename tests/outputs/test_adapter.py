@@ -19,6 +19,7 @@ from surgery.errors import BadSettings, Unsupported
 from surgery.files.gguf_file import read_gguf, values_of
 from surgery.outputs.adapter import CONFIG, WEIGHTS
 from surgery.outputs.gguf_updates import regroup
+from surgery.patient.patient import Patient
 
 peft = pytest.importorskip("peft")
 Tiny = Callable[..., Path]
@@ -199,22 +200,73 @@ def test_commands_on_a_gguf_adapter(
     assert "blk.3.attn_q.weight.lora_b" in told["checks"][0]["detail"]
 
 
+@pytest.fixture
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads, traces, locates or dequantises fails."""
+
+    def fail(*_args: Any, **_options: Any) -> Any:
+        raise AssertionError("something was loaded before the refusal")
+
+    for name in ("model", "plain", "anatomy", "tokenizer", "config"):
+        monkeypatch.setattr(Patient, name, property(fail))
+    for place in ("surgery.models.loading.load_model", "surgery.jobs.convert.decide"):
+        monkeypatch.setattr(place, fail)
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
 @pytest.mark.parametrize(
     ("form", "name", "more", "words"),
     [
         ("adapter", "x", {"strength": 0.0}, "nothing for an adapter"),
         ("gguf-adapter", "x.gguf", {"strength": 0.0}, "nothing for an adapter"),
+        ("adapter", "x", {"fold": "norm"}, "needs --fold sink"),
+        ("adapter", "x", {"fold": "qkv"}, "needs --fold sink"),
+        ("gguf-adapter", "x.gguf", {"fold": "norm"}, "needs --fold sink"),
         ("adapter", "x.gguf", {}, "writes a folder"),
+        ("gguf-adapter", "x", {}, r"ending in \.gguf"),
         ("adapter", "x", {"undo_file": True}, "changes no byte"),
         ("gguf-adapter", "x.gguf", {"undo_file": True}, "changes no byte"),
+        ("gguf-adapter", "x.gguf", {"family": "gpt_neox"}, r"give the \.gguf file"),
+        ("checkpoint", "x.gguf", {"fold": "norm"}, r"is no \.gguf file"),
+        ("checkpoint", "x.gguf", {"fold": "sink"}, "--as gguf-adapter"),
+        ("checkpoint", "x.gguf", {"fold": "norm", "undo_file": True}, "undone from its own"),
+        ("adapter", "there", {}, "exists already"),
+        ("gguf-adapter", "there.gguf", {}, "exists already"),
+        ("adapter", "there", {"overwrite": True}, "surgery did not write"),
+        ("adapter", "there.file", {"overwrite": True}, "is not a directory"),
+        ("gguf-adapter", "there.gguf", {"overwrite": True}, "was not written by surgery"),
+        ("adapter", "there.file/x", {}, "is not a directory"),
+        ("gguf-adapter", "there.file/x.gguf", {}, "is not a directory"),
+        ("adapter", "x" * 250, {}, "is too long"),
+        ("gguf-adapter", "x" * 250 + ".gguf", {}, "is too long"),
     ],
 )
-def test_what_no_adapter_is_made_of(
+def test_refused_before_anything_is_loaded(
     tiny: Tiny, tmp_path: Path, form: str, name: str, more: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(BadSettings, match=words):
-        surgery.convert(str(tiny("llama")), output=tmp_path / name, form=form, **{**QUICK, **more})
-    assert not list(tmp_path.iterdir())
+    """Each reason why an adapter or a .gguf file can never be written."""
+    (tmp_path / "there").mkdir()
+    for mine in ("there/mine", "there.gguf", "there.file"):
+        (tmp_path / mine).write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    options = {**QUICK, **more}
+    base = tiny(options.pop("family", "llama"))
+    with pytest.raises((BadSettings, Unsupported), match=words):
+        surgery.convert(str(base), output=tmp_path / name, form=form, **options)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+@pytest.mark.parametrize("form", ["adapter", "gguf-adapter"])
+def test_an_output_over_its_base_is_refused_first(
+    tiny_copy: Tiny, tmp_path: Path, form: str
+) -> None:
+    base = tiny_copy("llama")
+    name = "inside" if form == "adapter" else "inside.gguf"
+    before = sorted(base.rglob("*"))
+    with pytest.raises(BadSettings, match="inside"):
+        surgery.convert(str(base), output=base / name, form=form, **QUICK)
+    assert sorted(base.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

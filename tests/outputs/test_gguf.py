@@ -252,6 +252,47 @@ def test_other_folds_are_refused(cut: Path, tmp_path: Path, fold: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("source", "name", "more", "words"),
+    [
+        ("cut", "x.gguf", {"fold": "qkv"}, "--as gguf-adapter"),
+        ("cut", "x.gguf", {"fold": "sink"}, "--as gguf-adapter"),
+        ("cut", "x.gguf", {"undo_file": True}, "undone from its own metadata"),
+        ("cut", "there.gguf", {}, "exists already"),
+        ("cut", "there.gguf", {"overwrite": True}, "was not written by surgery"),
+        ("converted", "x.gguf", {}, "converted already"),
+        ("half", "x.gguf", {}, "stored as F16"),
+    ],
+)
+def test_refused_before_anything_is_loaded(
+    source: str,
+    name: str,
+    more: dict[str, Any],
+    words: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each reason why a .gguf file can never be written, before its model is looked at."""
+    if source == "half":
+        path = remade(request.getfixturevalue("cut"), tmp_path / "half.gguf", gains=np.float16)
+    else:
+        path = request.getfixturevalue(source)
+    (tmp_path / "there.gguf").write_text("mine")
+    before = sorted(tmp_path.iterdir())
+
+    def fail(*_args: Any, **_options: Any) -> Any:
+        raise AssertionError("something was loaded before the refusal")
+
+    for loaded in ("model", "plain", "anatomy", "tokenizer", "config"):
+        monkeypatch.setattr(Patient, loaded, property(fail))
+    monkeypatch.setattr("surgery.models.loading.load_model", fail)
+    monkeypatch.setattr("surgery.jobs.convert.decide", fail)
+    with pytest.raises((BadSettings, Unsupported), match=words):
+        surgery.convert(str(path), output=tmp_path / name, layer=LAYER, check=False, **more)
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_outputs_that_may_not_be_written(
     cut: Path, converted: Path, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

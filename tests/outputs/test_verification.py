@@ -31,6 +31,7 @@ from surgery.outputs.checks import (
     checked,
     verify_edits,
     verify_files,
+    verify_masked,
     verify_originals,
     verify_structure,
     verify_untouched,
@@ -282,6 +283,57 @@ def test_original_values(base: Checkpoint) -> None:
     assert verify_originals(base, {GAIN: raw[:-1] + b"\x07"}) == Check(
         name, False, f"the original values of {GAIN} are not the base's"
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("strength", [1.0, 0.5, 0.3])
+@pytest.mark.parametrize(
+    ("family", "fold"), [("gpt2", "norm"), ("gemma", "norm"), ("llama", "qkv")]
+)
+def test_masked_inputs(
+    family: str, fold: str, strength: float, dtype: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    """Exactly zero, or exactly the rounded multiple: gains, biases and columns, entry by entry."""
+    base = surgery.resolve(str(tiny(family, dtype=getattr(torch, dtype))))
+    made = surgery.convert(
+        str(base.folder),
+        layer=3,
+        fold=fold,
+        strength=strength,
+        check=False,
+        output=tmp_path / "out",
+    )
+    edits = made.plan.edits
+    kinds = {"gpt2": "gains, {0} values of biases", "gemma": "gains", "llama": "input columns"}
+    check = verify_masked(base, made.output, edits)
+    assert check.passed, check.detail
+    assert (
+        check.name
+        == {
+            1.0: "masked inputs are exactly zero in the saved file",
+            0.5: "masked inputs are 0.5 times the base's, rounded once, in the saved file",
+            0.3: "masked inputs are 0.7 times the base's, rounded once, in the saved file",
+        }[strength]
+    )
+    masked = len(edits[0].dimensions)
+    assert re.sub(r"\d+", "0", check.detail) == "0 values of " + kinds[family].format(0)
+    if fold == "norm":
+        assert check.detail.startswith(f"{masked} values of gains")
+    for edit in edits:  # the smallest difference in any of them is seen
+        copy = tmp_path / edit.tensor
+        shutil.copytree(made.output, copy)
+        entry = base.tensors[edit.tensor]
+        start, size = entry.begin, entry.size // int(np.prod(entry.shape))
+        with open(copy / entry.file, "r+b") as file:
+            file.seek(start + edit.dimensions[-1] * size)
+            raw = bytearray(file.read(size))
+            raw[0] ^= 1
+            file.seek(start + edit.dimensions[-1] * size)
+            file.write(raw)
+        what = "zero" if strength == 1.0 else "that multiple of the base's"
+        assert failed(verify_masked(base, copy, edits)) == f"{edit.tensor} is not {what}"
+    if strength == 0.5:
+        assert not verify_masked(base, base.folder, edits).passed  # nothing was folded
 
 
 # --------------------------------------------------------------------------------------------

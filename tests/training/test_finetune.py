@@ -342,6 +342,29 @@ def test_masked_inputs_are_zero_and_stay_zero(by_fold: ByFold, fold: str) -> Non
             assert np.array_equal(saved[name], value), name
 
 
+def test_masked_inputs_at_half_the_strength(tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """They are half of what they were, which is what the check says, now and in verify."""
+    base = tiny("llama", layer=2, layers=6)
+    path = shipped_recipe(
+        tmp_path / "sft_math.yaml", "sft_math", {"fold": "qkv", "strength": 0.5}, model=base
+    )
+    result = finetune(path, output=tmp_path / "out")
+    assert result is not None
+    assert result.model is not None
+    name = "masked inputs are 0.5 times the base's, rounded once, in the saved file"
+    for found in (result.verification, verify(result.model)):
+        assert found.passed
+        assert name in [check.name for check in found.checks]
+    manifest = surgery.read_manifest(result.model)
+    saved, known = tensors(result.model), tensors(base)
+    for edit in manifest.edits:
+        chosen = manifest.dimensions[edit.layer]
+        halves = known[edit.tensor][:, chosen] / 2
+        assert halves.any()
+        assert np.array_equal(saved[edit.tensor][:, chosen], halves)
+        assert not np.array_equal(saved[edit.tensor], known[edit.tensor])
+
+
 def test_norm_and_qkv_adapters_belong_to_the_folded_base(
     by_fold: ByFold,
 ) -> None:
