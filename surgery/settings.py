@@ -26,7 +26,8 @@ def option(default: Any, help: str, **facts: Any) -> Any:
         default: of the option, of the function and in the manifest.
         help: one line for `--help`.
         facts: `choices`: the values allowed; `metavar`; `name`: how the option is called where that
-            is not the field's name; `shown`: whether the help shows the default (True).
+            is not the field's name; `shown`: whether the help shows the default (True); `repeated`:
+            whether several values are given by several options.
     """
     return field(default=default, metadata={"help": help, **facts})
 
@@ -63,6 +64,7 @@ class Settings:
         trust_remote_code: whether the checkpoint's own Python code may run.
         push_to_hub: repository to upload to afterwards.
         undo_file: whether to keep what the edits overwrite beside the weights.
+        include: patterns of the base's files to carry beyond those that a loader or reader needs.
         form: the kind of output.
     """
 
@@ -102,6 +104,12 @@ class Settings:
     push_to_hub: str | None = option(None, "Upload afterwards (private).", metavar="REPO")
     undo_file: bool = option(
         False, "Keep what qkv and sink overwrite, for `surgery revert` without the base."
+    )
+    include: tuple[str, ...] = option(
+        (),
+        "Carry more of the base's files, such as 'docs/*'; may be repeated.",
+        metavar="PATTERN",
+        repeated=True,
     )
     form: str = option(
         "checkpoint",
@@ -178,6 +186,7 @@ class Settings:
         """As the manifest keeps them: a device of this machine says nothing elsewhere."""
         kept = asdict(self)
         kept["layers"] = list(self.layers) if self.layers is not None else None
+        kept["include"] = list(self.include)
         kept.pop("device")
         return kept
 

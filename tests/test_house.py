@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
+import sys
 from dataclasses import fields
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -57,3 +60,26 @@ def test_a_signature_shows_every_setting(job) -> None:
 
 def test_folds_are_known_by_their_names() -> None:
     assert {name: fold.name for name, fold in FOLDS.items()} == {name: name for name in FOLDS}
+
+
+def test_every_package_that_is_imported_is_declared() -> None:
+    """Not only because another one brings it, which may stop doing so."""
+    project = ROOT.parent / "pyproject.toml"
+    if not project.is_file():
+        pytest.skip("pyproject.toml is not beside the package")
+    words = re.findall(r'"([A-Za-z][\w.-]*)', project.read_text(encoding="utf-8"))
+    declared = {word.lower().replace("_", "-") for word in words}
+    imported: set[str] = set()
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {name.name.split(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
+    installed = packages_distributions()
+    strange = {
+        name
+        for name in imported - sys.stdlib_module_names - {"surgery", "tomllib"}
+        if not {d.lower().replace("_", "-") for d in installed.get(name, [name])} & declared
+    }
+    assert strange == set()

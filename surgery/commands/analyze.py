@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from surgery.commands.options import LOADING, check_png, output_options, settings
+from surgery.commands.options import LOADING, UserPath, check_png, output_options, settings
 
 if TYPE_CHECKING:
     from surgery.commands.terminal import Terminal
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 @click.option(
     "--report",
     metavar="DIR",
-    type=click.Path(file_okay=False, path_type=Path),
+    type=UserPath(file_okay=False, path_type=Path),
     help="Write a page with all the evidence, its figures and numbers; takes longer. Downloads a "
     "Hub model, unless with --stream.",
 )
 @click.option(
     "--plot",
     metavar="FILE.png",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=UserPath(dir_okay=False, path_type=Path),
     help="Draw the norms by layer.",
 )
 @output_options

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import click
 
-from surgery.commands.options import output_options
+from surgery.commands.options import UserPath, output_options
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=UserPath(path_type=Path))
 @click.option(
     "--results",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    type=UserPath(path_type=Path, dir_okay=False, exists=True),
     metavar="FILE",
     help="Results of `surgery compare --output FILE`, measured on this checkpoint.",
 )

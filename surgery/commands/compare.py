@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from surgery.commands.options import (
+    UserPath,
     check_png,
     options,
     output_options,
@@ -38,13 +39,13 @@ from surgery.measure.task_settings import TaskSettings
 @click.option(
     "--output",
     "-o",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=UserPath(path_type=Path, dir_okay=False),
     metavar="FILE.json",
     help="Results file, for `surgery card DIR --results FILE`.",
 )
 @click.option(
     "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=UserPath(path_type=Path, dir_okay=False),
     metavar="FILE.png",
     help="Curves by position, and differences with intervals.",
 )

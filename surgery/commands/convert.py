@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from surgery.commands.options import LOADING, output_options, settings
+from surgery.commands.options import LOADING, UserPath, output_options, settings
 
 
 @click.command()
@@ -16,11 +16,11 @@ from surgery.commands.options import LOADING, output_options, settings
 @click.option(
     "--output",
     "-o",
-    type=click.Path(path_type=Path),
+    type=UserPath(path_type=Path),
     help="Folder to write, or .gguf file if MODEL is one.  [default: ./<name>-wemask-<settings>]",
 )
 @settings(*LOADING, "seed", "check", "check_tokens", "calibration_tokens", "max_degradation")
-@settings("force", "undo_file")
+@settings("force", "undo_file", "include")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion at the output.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @settings("push_to_hub")

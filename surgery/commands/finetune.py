@@ -7,16 +7,16 @@ from pathlib import Path
 
 import click
 
-from surgery.commands.options import output_options
+from surgery.commands.options import UserPath, output_options
 from surgery.errors import Terminated
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=UserPath(path_type=Path))
 @click.option(
     "--output",
     "-o",
-    type=click.Path(path_type=Path),
+    type=UserPath(path_type=Path),
     help="Folder to write, instead of the recipe's.  [default: ./<recipe>-output]",
 )
 @click.option("--model", metavar="MODEL", help="Train this model instead of the recipe's.")

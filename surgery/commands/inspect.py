@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from surgery.commands.options import output_options
+from surgery.commands.options import UserPath, output_options
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=UserPath(path_type=Path))
 @output_options
 def command(folder: Path, as_json: bool, quiet: bool) -> None:
     """Show what was done to the checkpoint in DIR, from its manifest; DIR may be a .gguf file."""

@@ -15,6 +15,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import click
 
 from surgery.errors import BadSettings
+from surgery.files.paths import expanded
 
 # No model has as many layers; a slip of the finger should not fill the memory.
 _DEEPEST = 10_000
@@ -23,6 +24,15 @@ LOADING = ("revision", "device", "dtype", "calibration", "trust_remote_code")
 
 Function = Callable[..., Any]
 Decorator = Callable[[Function], Function]
+
+
+class UserPath(click.Path):
+    """A path on the command line, `~` expanded also where the shell leaves it: `--output=~/x`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The path, checked as `click.Path` does."""
+        spelled = expanded(value) if str(value).startswith("~") else value
+        return super().convert(spelled, param, ctx)
 
 
 def output_options(function: Function) -> Function:
@@ -106,6 +116,8 @@ def _option(kind: type, name: str, changes: dict[str, Any]) -> Decorator:
             given |= {"default": False, "callback": lambda _ctx, _parameter, value: not value}
         if "/" not in declared:
             given["is_flag"] = True
+    elif facts.get("repeated"):
+        given |= {"type": str, "multiple": True, "show_default": False}
     elif get_origin(hint) is tuple:
         given |= {"type": str, "callback": _PARSERS[name]}
         given["default"] = _joined(given["default"])
@@ -117,7 +129,7 @@ def _option(kind: type, name: str, changes: dict[str, Any]) -> Decorator:
 
 
 # What a file or folder to read may be, by the metavar of its option.
-_PATHS = {"FILE": click.Path(dir_okay=False), "DIR": click.Path()}
+_PATHS = {"FILE": UserPath(dir_okay=False), "DIR": UserPath()}
 
 
 def _plain(hint: Any) -> Any:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from surgery.commands.options import output_options
+from surgery.commands.options import UserPath, output_options
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=UserPath(path_type=Path))
 @click.argument("repo")
 @click.option("--public", is_flag=True, help="Create the repository public instead of private.")
 @click.option("--revision", help="Branch to upload to; created when missing.")
@@ -48,6 +48,9 @@ def command(
     if as_json:
         print_json(vars(pushed))
     privacy = "private" if pushed.private else "public"
-    terminal.out.print(f"[bold green]Pushed[/bold green] {safe(pushed.url)} ({privacy})")
+    terminal.out.print(
+        f"[bold green]Pushed[/bold green] {safe(pushed.url)} ({privacy}): {len(pushed.files)} "
+        f"files, names, sizes and digests as here: {safe(', '.join(pushed.files))}"
+    )
     if pushed.pull_request:
         terminal.out.print(f"Pull request: {safe(pushed.pull_request)}")

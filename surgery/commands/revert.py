@@ -6,13 +6,13 @@ from pathlib import Path
 
 import click
 
-from surgery.commands.options import output_options
+from surgery.commands.options import UserPath, output_options
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=UserPath(path_type=Path))
 @click.option(
-    "--output", "-o", required=True, type=click.Path(path_type=Path), help="Where to write it."
+    "--output", "-o", required=True, type=UserPath(path_type=Path), help="Where to write it."
 )
 @click.option("--base", metavar="MODEL", help="The base, where its bytes are needed.")
 @output_options

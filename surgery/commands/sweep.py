@@ -8,7 +8,14 @@ from typing import Any
 
 import click
 
-from surgery.commands.options import LOADING, listed, output_options, settings, task_options
+from surgery.commands.options import (
+    LOADING,
+    UserPath,
+    listed,
+    output_options,
+    settings,
+    task_options,
+)
 from surgery.errors import Terminated
 from surgery.method.mask import SCOPES, SELECTIONS
 from surgery.sweeping.plan import RATES, SCORES
@@ -43,7 +50,7 @@ from surgery.sweeping.plan import RATES, SCORES
 @click.option(
     "--output",
     "-o",
-    type=click.Path(path_type=Path),
+    type=UserPath(path_type=Path),
     help="Folder for the study, results.json and sweep.png.  [default: ./<name>-sweep]",
 )
 @click.option(
@@ -59,14 +66,14 @@ from surgery.sweeping.plan import RATES, SCORES
 @settings("check_tokens", default=2048, help="Tokens to measure on.")
 @click.option(
     "--text",
-    type=click.Path(dir_okay=False),
+    type=UserPath(dir_okay=False),
     metavar="FILE",
     help="Text or JSONL to measure on in place of the bundled held-out text.",
 )
 @settings("calibration_tokens", help="Tokens that the sink fold and the activation selection see.")
 @click.option(
     "--convert-best",
-    type=click.Path(path_type=Path),
+    type=UserPath(path_type=Path),
     metavar="DIR",
     help="Convert with the best settings, to this folder.",
 )

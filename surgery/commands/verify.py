@@ -6,11 +6,11 @@ from pathlib import Path
 
 import click
 
-from surgery.commands.options import output_options, settings
+from surgery.commands.options import UserPath, output_options, settings
 
 
 @click.command()
-@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="DIR", type=UserPath(path_type=Path))
 @click.option("--base", metavar="MODEL", help="The base, when it is not where the manifest says.")
 @settings("device", help="Such as cpu or cuda:0.  [default: best]")
 @settings("trust_remote_code", help="Run the checkpoint's own Python code.")

@@ -6,9 +6,7 @@ Nothing here loads a tensor that was not asked for, and nothing imports torch.
 from __future__ import annotations
 
 import logging
-import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,22 +15,12 @@ from numpy.typing import NDArray
 
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
-from surgery.files.paths import is_plain_name
+from surgery.files.gguf_file import is_gguf
 from surgery.files.ranges import LocalFiles, Ranges
 from surgery.files.safetensors_file import TensorEntry, parse_header
+from surgery.files.side_files import other_files
 from surgery.files.text import read_json
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-
-# A second copy of the weights in another container would silently stay unedited.
-_OTHER_WEIGHTS = re.compile(
-    r"(\.(bin|pt|pth|ckpt|h5|msgpack|onnx|onnx_data|gguf|ggml|tflite|mlmodel|nemo|safetensors)$)"
-    r"|(\.index\.json$)|(^(pytorch_model|consolidated|tf_model|flax_model)\b)"
-)
-_OTHER_FOLDERS = ("original", "onnx", "openvino", "coreml", "gguf", ".cache", ".git")
-# Side files that merely look like weights: training_args.bin and the like hold no weights.
-_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+from surgery.files.weights import ADAPTER_CONFIG, Weights, choose, require_described
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +54,7 @@ class Checkpoint:
         folder: Where its side files lie, and its weight files too unless they are `remote`.
         origin: Where it came from.
         config: Its config.json.
-        weight_files: Names of the files that hold its tensors.
+        weights: Which files hold its tensors.
         tensors: Its tensors by name.
         side_files: Names of the other files that belong to it, with "/" between folders.
         left_out: Names of files that do not, such as further copies of the weights.
@@ -80,7 +68,7 @@ class Checkpoint:
     folder: Path
     origin: Origin
     config: Mapping[str, Any]
-    weight_files: tuple[str, ...]
+    weights: Weights
     tensors: Mapping[str, TensorEntry]
     side_files: tuple[str, ...]
     left_out: tuple[str, ...] = ()
@@ -90,6 +78,11 @@ class Checkpoint:
     made_from: tuple[Path, ...] = ()
 
     @property
+    def weight_files(self) -> tuple[str, ...]:
+        """Names of the files that hold its tensors."""
+        return self.weights.files
+
+    @property
     def sources(self) -> tuple[Path, ...]:
         """Folders and files that nothing may be written into."""
         return (self.folder, *self.made_from)
@@ -97,7 +90,7 @@ class Checkpoint:
     @property
     def gguf(self) -> Path | None:
         """The .gguf file, or first shard, that all of it was read from."""
-        return next((path for path in self.made_from if path.suffix == ".gguf"), None)
+        return next((path for path in self.made_from if is_gguf(path)), None)
 
     @property
     def model_type(self) -> str:
@@ -134,8 +127,42 @@ class Checkpoint:
         return self.remote if self.remote is not None else LocalFiles(self.folder)
 
 
-def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) -> Checkpoint:
+def _no_config(folder: Path) -> str:
+    return (
+        f"{folder} has no config.json, so it is not a Hugging Face checkpoint; give a folder or a "
+        "Hub id that holds one."
+    )
+
+
+def weights_in(folder: Path) -> Weights:
+    """The weights that stock transformers takes from a folder; BadCheckpoint without any."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+
+    def read(name: str) -> Any:
+        check_links(folder, (name,))
+        return read_json(folder / name)
+
+    if "config.json" not in names and ADAPTER_CONFIG not in names:
+        raise BadCheckpoint(_no_config(folder))
+    config = read("config.json") if "config.json" in names else {}
+    return choose(names, read, str(folder), config)
+
+
+def open_checkpoint(
+    folder: Path,
+    origin: Origin,
+    remote: Ranges | None = None,
+    weights: Weights | None = None,
+    include: Sequence[str] = (),
+) -> Checkpoint:
     """Describe the safetensors checkpoint in a folder, or one whose weights are `remote`.
+
+    Args:
+        folder: Where it lies.
+        origin: Where it came from.
+        remote: What reads its weight files, where they are not in `folder`.
+        weights: Which these are; by default those that transformers takes from the folder.
+        include: Patterns of side files to carry beyond the usual ones.
 
     Raises:
         BadCheckpoint: A file is missing, truncated or disagrees with the index.
@@ -143,21 +170,20 @@ def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) 
     if not folder.is_dir():
         raise BadCheckpoint(f"{folder} is not a directory.")
     if not (folder / "config.json").is_file():
-        raise BadCheckpoint(
-            f"{folder} has no config.json, so it is not a Hugging Face checkpoint; "
-            "give a folder or a Hub id that holds one."
-        )
-    check_links(folder, ("config.json", INDEX))
+        raise BadCheckpoint(_no_config(folder))
+    check_links(folder, ("config.json",))
     config = read_json(folder / "config.json")
-    weight_files, weight_map = _weight_files(folder)
+    weights = weights or weights_in(folder)
+    if weights.pickled:
+        raise BadCheckpoint(f"{folder} holds {weights.entry}, and no safetensors.")
+    weight_files = weights.files
     check_links(folder, weight_files)
-    if remote is None and weight_map is None and not (folder / SINGLE).is_file():
-        raise BadCheckpoint(_missing_weights(folder))
     ranges = remote if remote is not None else LocalFiles(folder)
     tensors = _tensors(ranges, weight_files)
-    if weight_map is not None:
-        _compare_index(weight_map, tensors)
-    side_files, left_out = other_files(folder, set(weight_files))
+    if weights.weight_map is not None:
+        _compare_index(weights.weight_map, tensors)
+    side_files, left_out = other_files(folder, weights, include if remote is None else ())
+    require_described(tensors, config, left_out, str(folder))
     check_links(folder, side_files)
     for name in side_files:
         path = folder / name
@@ -171,7 +197,7 @@ def open_checkpoint(folder: Path, origin: Origin, remote: Ranges | None = None) 
         folder,
         origin,
         config,
-        weight_files,
+        weights,
         tensors,
         side_files,
         left_out,
@@ -209,27 +235,6 @@ def check_links(folder: Path, names: Iterable[str]) -> None:
             )
 
 
-def _weight_files(folder: Path) -> tuple[tuple[str, ...], dict[str, str] | None]:
-    index = folder / INDEX
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise BadCheckpoint(f"{index} has no weight_map.")
-        for name in weight_map.values():
-            if not isinstance(name, str) or not is_plain_name(name):
-                raise BadCheckpoint(
-                    f"{index} names the file {name!r}, which is not a plain file name beside it."
-                )
-        return tuple(sorted(set(weight_map.values()))), weight_map
-    return (SINGLE,), None
-
-
-def _missing_weights(folder: Path) -> str:
-    if any(folder.glob("model-*-of-*.safetensors")):
-        return f"{folder} has shards but no {INDEX}; fetch the index too."
-    return f"{folder} holds no {SINGLE} and no {INDEX}."
-
-
 def _compare_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEntry]) -> None:
     for name, file in weight_map.items():
         entry = tensors.get(name)
@@ -240,44 +245,3 @@ def _compare_index(weight_map: Mapping[str, str], tensors: Mapping[str, TensorEn
     extra = next((name for name in tensors if name not in weight_map), None)
     if extra is not None:
         raise BadCheckpoint(f"{extra} lies in {tensors[extra].file} but the index omits it.")
-
-
-def other_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Side files to carry, and files to leave behind because they repeat the weights."""
-    return divided(_walk(folder), weights)
-
-
-def divided(names: Iterable[str], weights: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The same of names, those of the weight files left aside."""
-    kept: list[str] = []
-    left: list[str] = []
-    for name in names:
-        if name in weights:
-            continue
-        if carried(name):
-            kept.append(name)
-        elif not (name.startswith(".") and name.split("/", 1)[0] in _OTHER_FOLDERS):
-            left.append(name)
-    return tuple(kept), tuple(left)
-
-
-def carried(name: str) -> bool:
-    """Whether a file that is no weight file of a checkpoint belongs to it, by its path."""
-    if name == INDEX:
-        return True
-    top, base = name.split("/", 1)[0], name.rsplit("/", 1)[-1]
-    if top in _OTHER_FOLDERS and "/" in name:
-        return False
-    return not _OTHER_WEIGHTS.search(base) or base in _NOT_WEIGHTS
-
-
-def _walk(folder: Path) -> Iterable[str]:
-    for root, directories, files in os.walk(folder):
-        directories.sort()
-        for name in directories:
-            if (Path(root) / name).is_symlink():
-                raise BadCheckpoint(
-                    f"{Path(root) / name} is a link to a folder; put the folder itself there."
-                )
-        for file in sorted(files):
-            yield (Path(root) / file).relative_to(folder).as_posix()

@@ -29,7 +29,9 @@ _ALIGNMENT_KEY, _DEFAULT_ALIGNMENT = "general.alignment", 32
 # GGUF's numbers for types, as struct calls them.
 _SCALARS = dict(zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True))
 _UINT32, _STRING, _ARRAY = 4, 8, 9
-_SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+_SHARD = re.compile(
+    r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.gguf)$", re.IGNORECASE
+)
 # More dimensions than ggml knows, and longer arrays than any vocabulary, are damage.
 _DIMENSIONS, _LONGEST = 4, 2**31
 # Padding is made in memory.
@@ -49,6 +51,22 @@ _SIZES = (
 )
 
 _log = logging.getLogger(__name__)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is a GGUF, which its first bytes say, whatever it is called."""
+    try:
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(_MAGIC)) == _MAGIC
+    except (OSError, ValueError):
+        return False
+
+
+def names_gguf(path: Path) -> bool:
+    """Whether the name of an output asks for a GGUF, in capitals or not."""
+    return path.suffix.lower() == ".gguf"
 
 
 @dataclass(frozen=True)
@@ -312,7 +330,7 @@ def shards_of(path: Path) -> list[Path]:
     if match is None:
         return [path]
     count = int(match["count"])
-    found = [shard_path(path.with_name(match["stem"]), n, count) for n in range(1, count + 1)]
+    found = [shard_path(path, n, count) for n in range(1, count + 1)]
     for shard in found:
         if not shard.is_file():
             raise BadCheckpoint(f"The shard {shard} is missing; fetch it again.")
@@ -321,12 +339,12 @@ def shards_of(path: Path) -> list[Path]:
 
 def shard_path(stem: Path, number: int, count: int) -> Path:
     """Where llama.cpp looks for a shard, counted from 1; the stem itself for a single file."""
-    name = stem.name.removesuffix(".gguf")
+    name, suffix = (stem.stem, stem.suffix) if names_gguf(stem) else (stem.name, ".gguf")
     if (match := _SHARD.match(stem.name)) is not None:
-        name = match["stem"]
+        name, suffix = match["stem"], match["suffix"]
     if count == 1:
-        return stem.with_name(f"{name}.gguf")
-    return stem.with_name(f"{name}-{number:05d}-of-{count:05d}.gguf")
+        return stem.with_name(f"{name}{suffix}")
+    return stem.with_name(f"{name}-{number:05d}-of-{count:05d}{suffix}")
 
 
 def merge(shards: Iterable[Path], target: Path) -> None:

@@ -8,6 +8,17 @@ from pathlib import Path, PureWindowsPath
 _LONGEST_NAME = 255
 
 
+def expanded(path: str | Path) -> Path:
+    """A path that a user gave, with the home folder for `~`.
+
+    A shell expands it in `--output ~/x`, and does not in `--output=~/x` or in a notebook.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # the home of nobody, so a name that begins with a tilde
+        return Path(path)
+
+
 def is_plain_name(name: str) -> bool:
     """Whether a stranger's name of a file stays in the folder it is looked for in, on any system.
 

@@ -155,8 +155,7 @@ def put(folder: Path, output: Path) -> None:
     if not os.path.lexists(output):
         os.rename(folder, output)
     elif not _exchange(folder, output):
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=_OLD, dir=output.parent))
-        old.rmdir()  # a POSIX system alone renames to the name of an empty folder
+        old = output.with_name(f".{output.name}.{secrets.token_hex(4)}{_OLD}")
         os.rename(output, old)
         try:
             os.rename(folder, output)

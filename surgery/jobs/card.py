@@ -8,10 +8,13 @@ from pathlib import Path
 
 from surgery.errors import BadSettings
 from surgery.files.checkpoint import check_links
-from surgery.files.generated import CARD, FIGURE, MANIFEST
+from surgery.files.generated import CARD, FIGURE, LOSS_FIGURE, MANIFEST
+from surgery.files.gguf_file import is_gguf
+from surgery.files.paths import expanded
 from surgery.files.staging import write_whole
 from surgery.outputs.card import front_matter, render_card
 from surgery.outputs.manifest import write_manifest
+from surgery.outputs.places import shown_data, shown_origin, shown_settings
 from surgery.outputs.records import FileRecord
 from surgery.outputs.registry import opened
 from surgery.outputs.results import results_for
@@ -30,8 +33,8 @@ def refresh_card(folder: str | Path, *, results: str | Path | None = None) -> Pa
     Raises:
         BadSettings: when the results were not measured on this checkpoint, and for a .gguf file.
     """
-    path = Path(folder)
-    if path.suffix == ".gguf" and path.is_file():
+    path = expanded(folder)
+    if is_gguf(path):
         raise BadSettings(
             f"{path} has no card: a .gguf file carries its provenance inside, and surgery inspect "
             "shows it."
@@ -40,9 +43,21 @@ def refresh_card(folder: str | Path, *, results: str | Path | None = None) -> Pa
     kind, manifest = opened(path)
     known = {record.name: record.sha256 for record in manifest.files}
     if results is not None:
-        manifest = replace(manifest, results=results_for(Path(results), known))
-    figure = (path / FIGURE).is_file()
-    card = render_card(manifest, front_matter(path / CARD), kind.card, figure=figure).encode()
+        manifest = replace(manifest, results=results_for(expanded(results), known))
+    # An earlier version wrote down paths as they were typed.
+    manifest = replace(
+        manifest,
+        base=shown_origin(manifest.base),
+        settings=shown_settings(manifest.settings, manifest.base),
+        training=shown_data(manifest.training),
+    )
+    card = render_card(
+        manifest,
+        front_matter(path / CARD),
+        kind.card,
+        figure=(path / FIGURE).is_file(),
+        loss_figure=(path / LOSS_FIGURE).is_file(),
+    ).encode()
     if CARD not in known:
         raise BadSettings(f"{path} was not written with a card.")
     write_whole(path / CARD, card)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from surgery.files.checkpoint import Checkpoint, Origin
+from surgery.files.paths import expanded
 from surgery.files.staging import remove_stale
 from surgery.method.locate import Emergence
 from surgery.method.mask import Mask, mask_size
@@ -14,6 +15,7 @@ from surgery.models.anatomy import depth_of, width_of
 from surgery.outputs.base import Request
 from surgery.outputs.operation import decide
 from surgery.outputs.pipeline import Conversion, carry_out
+from surgery.outputs.places import remember
 from surgery.outputs.registry import output_for
 from surgery.patient.patient import Patient
 from surgery.patient.source import resolve
@@ -49,6 +51,7 @@ def convert(
     trust_remote_code: bool = Settings.trust_remote_code,
     push_to_hub: str | None = Settings.push_to_hub,
     undo_file: bool = Settings.undo_file,
+    include: tuple[str, ...] = Settings.include,
     form: str = Settings.form,
     emergence: Emergence | None = None,
     mask: Mask | None = None,
@@ -73,11 +76,11 @@ def convert(
         SurgeryError: says what is wrong; then nothing has been written.
     """
     settings = Settings.gathered(locals())
-    checkpoint = resolve(model, settings.revision, reporter.say)
+    checkpoint = resolve(model, settings.revision, reporter.say, settings.include)
     if spoken_as is not None:
         settings = replace(settings, model=spoken_as[0], revision=spoken_as[1])
         checkpoint = replace(checkpoint, origin=spoken_as[2])
-    named = Path(output) if output is not None else None
+    named = expanded(output) if output is not None else None
     kind = output_for(settings.form, named)
     target = named or kind.default_path(*_default_name(checkpoint, settings))
     mask_size(settings.rate, width_of(checkpoint.config))
@@ -95,7 +98,10 @@ def convert(
         dequantise=not settings.needs_no_weights,
     )
     operation = decide(patient, settings, mask=mask, emergence=emergence)
-    return carry_out(operation, kind, target, overwrite=overwrite, dry_run=dry_run)
+    made = carry_out(operation, kind, target, overwrite=overwrite, dry_run=dry_run)
+    if made.manifest is not None:
+        remember(made.manifest, checkpoint, settings.calibration)
+    return made
 
 
 def _default_name(checkpoint: Checkpoint, settings: Settings) -> tuple[str, list[str]]:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from surgery.files.generated import CARD, MANIFEST
+from surgery.files.paths import expanded
 from surgery.files.staging import write_whole
 from surgery.jobs.push import push
 from surgery.outputs.checks import Verification
+from surgery.outputs.hub import Place, upload_files, visible_files
 from surgery.patient.source import resolve
 from surgery.reporter import SILENT, Reporter
 from surgery.training.begin import (
@@ -30,7 +32,7 @@ from surgery.training.begin import (
 from surgery.training.case import Case, make_case, revision_of
 from surgery.training.lora import name_base
 from surgery.training.masks import choose_masks, read_masks
-from surgery.training.products import finish
+from surgery.training.products import finish, own_base
 from surgery.training.recipe import Recipe, parse_recipe, read_recipe
 from surgery.training.smoke import make_small
 from surgery.training.trainer import Trained, train
@@ -88,7 +90,7 @@ def finetune(
     Raises:
         SurgeryError: says what is wrong.
     """
-    path = Path(recipe)
+    path = expanded(recipe)
     raw = {**read_recipe(path), **(changes or {})}
     target = target_of(output, raw, path)
     if smoke:
@@ -140,8 +142,6 @@ def _run(
 
 def _push(case: Case, places: Mapping[str, Path | None]) -> None:
     """Upload what was written; an adapter's base goes first, so that the adapter can name it."""
-    import huggingface_hub
-
     reporter = case.patient.reporter
     repo = str(case.recipe.treatment.push)
     model, adapter, base = places[MODEL], places[ADAPTER], places[BASE]
@@ -150,22 +150,21 @@ def _push(case: Case, places: Mapping[str, Path | None]) -> None:
             push(model, repo, reporter=reporter)
         else:
             reporter.say(f"Uploading {model} to {repo}")
-            _upload(huggingface_hub.HfApi(), model, repo)
+            _upload(model, repo, reporter)
     if adapter is not None:
         named = repo if model is None else f"{repo}-adapter"
         if base is not None:
             pushed = push(base, f"{named}-base", reporter=reporter)
             name_base(adapter, f"{named}-base", pushed.commit)
             card = (adapter / CARD).read_text(encoding="utf-8")
-            card = card.replace(f"`{base}`", f"`{named}-base` at revision {pushed.commit}")
+            card = card.replace(
+                f"`{own_base(case.output)}`", f"`{named}-base` at revision {pushed.commit}"
+            )
             write_whole(adapter / CARD, card.encode())
         reporter.say(f"Uploading {adapter} to {named}")
-        _upload(huggingface_hub.HfApi(), adapter, named)
+        _upload(adapter, named, reporter)
 
 
-def _upload(api: Any, folder: Path, repo: str) -> None:
-    from surgery.outputs.hub import in_one_sentence
-
-    with in_one_sentence(repo):
-        created = api.create_repo(repo, private=True, exist_ok=True)
-        api.upload_folder(repo_id=created.repo_id, folder_path=folder)
+def _upload(folder: Path, repo: str, reporter: Reporter) -> None:
+    files: dict[str, Path | bytes] = {name: folder / name for name in visible_files(folder)}
+    upload_files(Place(repo), files, f"Upload {folder.name}", reporter.say)

@@ -33,8 +33,8 @@ class Published:
         plan: what was done, or would be.
         pushed: where it went; None after a dry run.
         manifest: None after a dry run.
-        bytes_read: what passed through here.
-        bytes_sent: likewise.
+        bytes_read: what was fetched from the Hub; nothing of what was in its cache.
+        bytes_sent: what was sent there.
         bytes_total: of the model's weights.
     """
 
@@ -68,6 +68,7 @@ def publish(
     dtype: str = Settings.dtype,
     trust_remote_code: bool = Settings.trust_remote_code,
     undo_file: bool = Settings.undo_file,
+    include: tuple[str, ...] = Settings.include,
     form: str = Settings.form,
     public: bool = False,
     dry_run: bool = False,
@@ -91,7 +92,7 @@ def publish(
     """
     settings = replace(Settings.gathered(locals()), push_to_hub=repo, check=False)
     kind = HubCopy(repo)
-    checkpoint = resolve_light(model, settings.revision, reporter.say)
+    checkpoint = resolve_light(model, settings.revision, reporter.say, settings.include)
     kind.accept(checkpoint, settings)
     settings.check_layers(depth_of(checkpoint.config))
     copied = None
@@ -112,12 +113,11 @@ def publish(
         reporter.show(plan)
         if not dry_run:
             copied = kind.write(plan, operation, public=public)
-    small = sum(path.stat().st_size for path in checkpoint.folder.rglob("*") if path.is_file())
     return Published(
         plan,
         copied.pushed if copied else None,
         copied.manifest if copied else None,
-        getattr(remote, "bytes_read", 0) + small,
+        getattr(remote, "bytes_read", 0),
         copied.bytes_sent if copied else 0,
         checkpoint.size,
     )

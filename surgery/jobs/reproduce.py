@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from surgery.errors import BadSettings
+from surgery.files.paths import expanded
 from surgery.files.staging import temporary_sibling
 from surgery.jobs.convert import convert
 from surgery.outputs.describe import FileComparison
@@ -54,7 +55,7 @@ def reproduce(
         BadSettings: where the manifest asks to trust code and the caller does not, and for what
             was trained.
     """
-    path = Path(folder).resolve()
+    path = expanded(folder).resolve()
     kind, manifest = opened(path)
     kind.require_repeatable(path)
     settings, origin = manifest.settings, manifest.base
@@ -67,7 +68,8 @@ def reproduce(
     found = review.checkpoint.origin
     options = {known.name: getattr(settings, known.name) for known in fields(Settings)}
     options |= {
-        "model": base or (origin.name if origin.kind == "hub" else origin.typed),
+        "model": review.source,
+        "calibration": review.calibration,
         "revision": found.commit if found.kind == "hub" else None,
     }
     with temporary_sibling(path.with_name(f"{path.name}.again")) as temporary:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery.files.paths import expanded
 from surgery.outputs.base import Restored
 from surgery.outputs.registry import opened
 from surgery.outputs.review import Review
@@ -40,7 +41,7 @@ def revert(
         BadCheckpoint: where the original bytes cannot be had or are not the recorded ones; then
             nothing is written.
     """
-    path, target = Path(folder), Path(os.path.abspath(output))
+    path, target = expanded(folder), Path(os.path.abspath(expanded(output)))
     kind, manifest = opened(path)
     found = kind.restore(Review(path, manifest, base, reporter=reporter), target)
     return Reverted(found.source, found.files, found.not_carried, target)

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from surgery.errors import BadSettings
+from surgery.files.paths import expanded
 from surgery.files.text import write_text
 from surgery.jobs.convert import convert
 from surgery.measure.task_settings import TaskSettings, task_settings
@@ -129,7 +130,7 @@ def sweep(
     plan.check(patient)
     origin = patient.checkpoint.origin
     name = origin.name.rsplit("/", 1)[-1]
-    folder = Path(f"{name}-sweep" if output is None else output)
+    folder = expanded(f"{name}-sweep" if output is None else output)
     make_folder(folder, patient.checkpoint.sources)
     url = storage or f"sqlite:///{(folder / STUDY).absolute()}"
     shared = SharedStudy(url, study_name or f"{name}-sweep", plan.space, common.seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from surgery.files.paths import expanded
 from surgery.outputs.checks import Verification
 from surgery.outputs.registry import opened
 from surgery.outputs.review import Review
@@ -34,7 +35,7 @@ def verify(
         BadCheckpoint: when there is no manifest or no base.
         BadSettings: for a base of a .gguf file, which holds its own.
     """
-    path = Path(folder)
+    path = expanded(folder)
     kind, manifest = opened(path)
     review = Review(path, manifest, base, device, trust_remote_code, reporter)
     return Verification(tuple(kind.checks(review)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadSettings, SurgeryError, first_line
+from surgery.files.paths import expanded
 from surgery.files.resources import resource_folder
 from surgery.measure.task_settings import GSM8K_NEW_TOKENS, MAX_NEW_TOKENS, TaskSettings
 from surgery.reporter import Reporter
@@ -85,7 +86,7 @@ def _manager(paths: list[str], settings: TaskSettings, *, defaults: bool) -> Any
     """The harness's index of tasks; with its own ones it takes several seconds."""
     from lm_eval.tasks import TaskManager  # an extra; imports datasets
 
-    data = {"data": str(Path(settings.data).resolve())} if settings.data else {}
+    data = {"data": str(expanded(settings.data).resolve())} if settings.data else {}
     return TaskManager(include_path=paths, include_defaults=defaults, metadata=data)
 
 
@@ -129,7 +130,7 @@ def _available(
     lacking: list[tuple[str, str]] = []
     for member in members:
         file = manager.task_index[member].cfg["dataset_kwargs"]["file"]
-        (here if (Path(settings.data) / file).is_file() else lacking).append((member, file))
+        (here if (expanded(settings.data) / file).is_file() else lacking).append((member, file))
     if not here:
         raise BadSettings(f"--data {settings.data} has no {lacking[0][1]}, which {name} needs.")
     if lacking:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gc
 from typing import Any
 
+from surgery.files.foreign import is_whole
+from surgery.patient.texts import check_ids
+
 
 def counting_transformers() -> type:
     """The harness's transformers model, which also tells whose generation hit the limit."""
@@ -17,9 +20,21 @@ def counting_transformers() -> type:
             """Whether the generation was cut; None where it is not known."""
             return self.__dict__.get("_hits", {}).get(prompt)
 
+        def tok_encode(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().tok_encode(*args, **kwargs)
+            self._check(found)
+            return found
+
         def tok_batch_encode(self, strings: Any, *args: Any, **kwargs: Any) -> Any:
             self._prompts = list(strings)
-            return super().tok_batch_encode(strings, *args, **kwargs)
+            found = super().tok_batch_encode(strings, *args, **kwargs)
+            self._check(found[0].flatten().tolist())
+            return found
+
+        def _check(self, ids: list[int]) -> None:
+            """Before they go to the model: a token without a row would only fail in there."""
+            rows = getattr(self.model.config.get_text_config(), "vocab_size", None)
+            check_ids(self.tokenizer, ids, rows if is_whole(rows) else None)
 
         def _model_generate(
             self, context: Any, max_length: int, stop: list[str], **kwargs: Any

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadSettings, SurgeryError
+from surgery.files.paths import expanded
 from surgery.settings import option
 
 # The paper's limits on generated tokens (§5.1).
@@ -77,7 +77,7 @@ class TaskSettings:
             str(self.batch_size).isdigit() and int(str(self.batch_size)) > 0
         ):
             raise BadSettings("--batch-size must be a number or auto.")
-        if self.data is not None and not Path(self.data).is_dir():
+        if self.data is not None and not expanded(self.data).is_dir():
             raise BadSettings(f"--data {self.data} is not a folder.")
         if self.backend not in BACKENDS:
             raise BadSettings(f"--backend must be {' or '.join(BACKENDS)}.")
@@ -102,7 +102,8 @@ def task_settings(given: Mapping[str, Any]) -> TaskSettings | None:
         return None
     require_harness()
     options = {known.name: given[known.name] for known in fields(TaskSettings)}
-    return TaskSettings(**{**options, "tasks": tuple(given["tasks"])})
+    tasks = tuple(str(expanded(name)) if name[:1] == "~" else name for name in given["tasks"])
+    return TaskSettings(**{**options, "tasks": tasks})
 
 
 def require_harness() -> None:

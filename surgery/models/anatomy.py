@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
 from surgery.files.checkpoint import Checkpoint
+from surgery.files.foreign import is_whole, whole
+from surgery.files.weights import method_of
 from surgery.models.families import Family, Mixer, family_of
 from surgery.models.names import layers_prefix
 
@@ -119,8 +121,8 @@ def is_multimodal(config: Mapping[str, Any]) -> bool:
 def _positive(config: Mapping[str, Any], *names: str) -> int:
     for name in names:
         value = config.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
+        if is_whole(value) and value > 0:
+            return int(value)
     raise BadCheckpoint(f"config.json has no usable {names[0]}.")
 
 
@@ -163,7 +165,7 @@ def _modules(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
         for name, value in block.items():
             if isinstance(value, Mapping):
                 blocks.append(value)
-            elif isinstance(value, int) and name.endswith(("layer", "layers", "depth", "experts")):
+            elif is_whole(value) and name.endswith(("layer", "layers", "depth", "experts")):
                 yield name, value
 
 
@@ -212,12 +214,11 @@ def describe(checkpoint: Checkpoint) -> Anatomy | None:
 
 def refuse_quantised(checkpoint: Checkpoint) -> None:
     """Raise Unsupported for a checkpoint whose weights are quantised."""
-    quantisation = checkpoint.config.get("quantization_config")
-    if quantisation:
-        method = quantisation.get("quant_method") if isinstance(quantisation, Mapping) else None
+    method = method_of(checkpoint.config)
+    if method:
         raise Unsupported(
-            f"This checkpoint is quantised ({method or 'unknown method'}); convert the unquantised "
-            "checkpoint and quantise the result."
+            f"This checkpoint is quantised ({method}); convert the unquantised checkpoint and "
+            "quantise the result."
         )
 
 
@@ -251,7 +252,7 @@ def _mixer_at(checkpoint: Checkpoint, family: Family, stored: str, layer: int) -
     possible = [
         mixer
         for mixer in family.all_mixers
-        if not mixer.last or from_end <= int(config.get(mixer.last) or 0)
+        if not mixer.last or from_end <= whole(config, mixer.last, default=0)
     ]
 
     def held(mixer: Mixer) -> list[bool]:
@@ -268,7 +269,7 @@ def check_shapes(anatomy: Anatomy, checkpoint: Checkpoint) -> None:
 
     The weights of a quantised checkpoint, which are stored in many ways, are left out.
     """
-    plain = not checkpoint.config.get("quantization_config")
+    plain = not method_of(checkpoint.config)
     for found in anatomy.inputs:
         if found is None:
             continue

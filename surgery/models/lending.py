@@ -52,7 +52,9 @@ class Lender:
         self._model = skeleton(checkpoint, trust_remote_code, dtype=width)
         self._stored = StoredParameters(checkpoint, self._model, width, self._device)
         self._tokens = torch.empty(0, dtype=torch.long)  # those whose embedding rows are loaded
-        self._model.get_input_embeddings().register_forward_pre_hook(self._rows_of)
+        embedding: Any = self._model.get_input_embeddings()
+        embedding.register_forward_pre_hook(self._rows_of)
+        self._embedding_shape = tuple(embedding.weight.shape)  # before it holds rows alone
 
     @property
     def bytes_read(self) -> int:
@@ -70,7 +72,7 @@ class Lender:
         embedding: Any = self._model.get_input_embeddings()
         path = next(name for name, module in self._model.named_modules() if module is embedding)
         matrix = f"{path}.weight"
-        self._put(matrix, self._stored.rows(matrix, used))
+        self._put(matrix, self._stored.rows(matrix, used, self._embedding_shape))
         embedding.padding_idx = None
         embedding.num_embeddings = len(used)
         layers = f"{self._anatomy.layers_path}."

@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported, first_line
 from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
 from surgery.files.text import read_json
+from surgery.files.weights import ADAPTER_CONFIG, method_of
 from surgery.models.anatomy import is_multimodal
 
 if TYPE_CHECKING:
@@ -42,8 +44,7 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # which the meta device, for one, cannot
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0] if str(error) else "unavailable"
-        raise BadSettings(f"The device {name!r} cannot be used: {first}") from error
+        raise BadSettings(f"The device {name!r} cannot be used: {first_line(error)}") from error
     return device
 
 
@@ -174,6 +175,15 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         )
 
 
+def text_settings(config: Any) -> Any:
+    """The part of a loaded configuration that describes the text decoder.
+
+    Raises BadCheckpoint where there is not one of them alone.
+    """
+    with _explained(BadCheckpoint, "config.json does not describe one text decoder"):
+        return config.get_text_config()
+
+
 def load_model(
     folder: Path,
     *,
@@ -195,17 +205,20 @@ def load_model(
     """
     import torch
 
-    refuse_remote_code(folder, trust_remote_code)
     logger.info("loading %s in %s on %s", folder, dtype, device or "the CPU")
     with _explained(BadCheckpoint, f"transformers cannot load {folder}"):
-        config = load_config(folder, trust_remote_code=trust_remote_code)
-        require_stored(config, _stored(folder), folder, trust_remote_code=trust_remote_code)
-        model, info = auto_class(config).from_pretrained(
+        model, info = stock_model(
             folder,
+            trust_remote_code,
+            stored=_stored(folder),
             dtype=getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            local_files_only=True,
+            ignore_mismatched_sizes=True,  # it would log which they are, and raise without a name
+        )
+    for name, stored, described in sorted(info.get("mismatched_keys", ()), key=str):
+        raise BadCheckpoint(
+            f"{folder}: {name} is stored with the shape {list(stored)}, but config.json describes "
+            f"{list(described)}."
         )
     missing = sorted(info["missing_keys"])
     if missing:
@@ -213,10 +226,53 @@ def load_model(
     return model.to(device).eval() if device is not None else model.eval()
 
 
+def stock_model(
+    folder: Path, trust_remote_code: bool, *, stored: int | None = None, **options: Any
+) -> Any:
+    """What `from_pretrained` of transformers gives for the weights in a folder.
+
+    Args:
+        folder: of a checkpoint.
+        trust_remote_code: whether code that the checkpoint brings may run.
+        stored: how many parameters its files can hold, to be compared with its configuration.
+        options: of `from_pretrained`.
+    """
+    refuse_remote_code(folder, trust_remote_code)
+    with without_adapter(folder) as place:
+        config = load_config(place, trust_remote_code=trust_remote_code)
+        if stored is not None:
+            require_stored(config, stored, folder, trust_remote_code=trust_remote_code)
+        return auto_class(config).from_pretrained(
+            place, trust_remote_code=trust_remote_code, local_files_only=True, **options
+        )
+
+
+@contextmanager
+def without_adapter(folder: Path) -> Iterator[Path]:
+    """A folder whose weights load alike with and without peft.
+
+    With it, transformers puts an adapter that lies in the folder on the model. Where one does, the
+    block gets links to the checkpoint's own files instead.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        yield folder
+        return
+    checkpoint = open_checkpoint(folder, Origin("directory", folder.name, str(folder)))
+    with TemporaryDirectory(prefix="surgery-") as temporary:
+        for name in (*checkpoint.weight_files, *checkpoint.side_files):
+            place = Path(temporary, name)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                place.symlink_to((folder / name).resolve())
+            except OSError:  # Windows asks for a privilege
+                os.link(folder / name, place)
+        yield Path(temporary)
+
+
 def _stored(folder: Path) -> int:
     """How many parameters a checkpoint in a folder can hold."""
     checkpoint = open_checkpoint(folder, Origin("directory", folder.name, str(folder)))
-    if "quantization_config" in checkpoint.config:  # several to a number, a bit each at the least
+    if method_of(checkpoint.config):  # several to a number, a bit each at the least
         return 8 * checkpoint.size
     return sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
 
@@ -268,11 +324,20 @@ def refuse_remote_code(folder: Path, trusted: bool) -> None:
         )
 
 
+# What holds a tokenizer's words, by whatever library it was made.
+_TOKENIZERS = ("tokenizer*", "*vocab*", "*.model", "*.spm", "*.tiktoken", "tekken.json")
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer in a folder; BadCheckpoint when there is none that loads."""
     from transformers import AutoTokenizer
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        raise BadCheckpoint(
+            f"The tokenizer in {folder} cannot be loaded: there is none, such as tokenizer.json; "
+            "put the model's own beside its weights."
+        )
     with _explained(BadCheckpoint, f"The tokenizer in {folder} cannot be loaded"):
         return AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -294,6 +359,6 @@ def longest_context(config: Any, wanted: int) -> int:
     """`wanted`, or less where the model takes fewer positions."""
     for name in ("max_position_embeddings", "n_positions"):
         value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return min(wanted, value)
     return wanted

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from surgery.errors import Unsupported
+from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files.checkpoint import Checkpoint
 from surgery.models.names import StoredNames
 
@@ -62,11 +62,33 @@ class StoredParameters:
             )
         return values
 
-    def rows(self, name: str, rows: Sequence[int]) -> torch.Tensor:
-        """Some rows of a matrix, given in ascending order; neighbours are read together."""
+    def rows(self, name: str, rows: Sequence[int], shape: tuple[int, ...]) -> torch.Tensor:
+        """Some rows of a matrix; neighbours are read together.
+
+        Args:
+            name: of the parameter.
+            rows: in ascending order.
+            shape: of the whole matrix in the model.
+
+        Raises:
+            BadCheckpoint: where the matrix is stored in another shape or has no such row: the
+                bytes behind it are another tensor's.
+        """
         name = self._names.of(name)
         entry = self._checkpoint.tensors[name]
-        width = entry.size // entry.shape[0]
+        if entry.shape != shape:
+            raise BadCheckpoint(
+                f"{name} is stored with the shape {list(entry.shape)}, but config.json describes "
+                f"{list(shape)}."
+            )
+        count = shape[0]
+        outside = [row for row in rows if not 0 <= row < count]
+        if outside:
+            raise BadCheckpoint(
+                f"The token id {outside[-1]} has no row in {name}, which has {count}: tokenizer "
+                "and weights do not belong together."
+            )
+        width = entry.size // count
         runs: list[list[int]] = []
         for row in rows:
             if runs and (row - runs[-1][-1]) * width <= _ROW_GAP:
@@ -95,6 +117,8 @@ class StoredParameters:
     def _read(self, name: str, spans: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
         """Byte spans of a stored tensor, each as a flat tensor."""
         entry = self._checkpoint.tensors[name]
+        if any(not 0 <= begin <= end <= entry.size for begin, end in spans):
+            raise BadCheckpoint(f"{name} holds {entry.size} bytes, fewer than its shape says.")
         if entry.dtype not in _TORCH:
             raise Unsupported(f"{name} is stored as {entry.dtype}, which cannot be streamed.")
         self.bytes_read += sum(end - begin for begin, end in spans)

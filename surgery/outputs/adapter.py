@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from surgery.errors import BadCheckpoint, BadSettings, first_line
 from surgery.files.checkpoint import Origin
 from surgery.files.generated import CARD, MANIFEST
+from surgery.files.gguf_file import names_gguf
 from surgery.files.ranges import LocalFiles
 from surgery.files.safetensors_file import parse_header, write_safetensors
 from surgery.files.text import read_json, write_text
@@ -25,7 +26,7 @@ from surgery.outputs.base import (
     Request,
     Restored,
     no_undo_of_adapter,
-    refuse_undo_file,
+    refuse_what_folders_have,
     require_low_rank,
 )
 from surgery.outputs.behaviour import (
@@ -59,12 +60,12 @@ class Adapter(Output):
         return Path(f"{stem}-wemask-{'-'.join((*words, 'adapter'))}")
 
     def accept(self, request: Request) -> None:
-        if request.target.suffix == ".gguf":
+        if names_gguf(request.target):
             raise BadSettings(
                 "--as adapter writes a folder for PEFT; give another --output, or --as "
                 "gguf-adapter for llama.cpp."
             )
-        refuse_undo_file(request)
+        refuse_what_folders_have(request)
         require_low_rank(request)
         sources = request.checkpoint.sources
         check_output(sources, request.target, overwrite=request.overwrite)

@@ -131,10 +131,15 @@ def require_low_rank(request: Request) -> None:
         raise BadSettings("At --strength 0 there is nothing for an adapter to hold; give another.")
 
 
-def refuse_undo_file(request: Request) -> None:
-    """Raise BadSettings for an undo file beside what needs none."""
+def refuse_what_folders_have(request: Request) -> None:
+    """Raise BadSettings for files beside the weights, of what has none beside it."""
     if request.settings.undo_file:
         raise BadSettings(
             "--undo-file is for checkpoint folders: a .gguf file is undone from its own metadata, "
             "and an adapter changes no byte of its base; leave it out."
+        )
+    if request.settings.include:
+        raise BadSettings(
+            "--include is for checkpoint folders: a .gguf file is one file, and an adapter carries "
+            "nothing of its base; leave it out."
         )

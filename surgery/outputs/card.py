@@ -26,7 +26,7 @@ _TAGS = ("wemask", "surgery", "massive-activations")
 _SPOKEN = (
     *("rate", "scope", "fold", "select", "strength", "seed", "dtype", "max_degradation"),
     *("revision", "layer", "calibration", "check_tokens", "calibration_tokens", "layers"),
-    *("check", "form", "undo_file", "force", "trust_remote_code"),
+    *("check", "form", "undo_file", "include", "force", "trust_remote_code"),
 )
 _SELECT_WORDS = {
     "weight": "the largest norm gains, as in the paper",
@@ -66,12 +66,13 @@ def front_matter(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    text = path.read_text(encoding="utf-8", errors="replace")
+    # The Hub, too, allows a byte order mark and blank lines above the metadata.
+    text = path.read_text(encoding="utf-8", errors="replace").lstrip("\ufeff \t\r\n")
     if not text.startswith("---"):
         return {}
     block = text[3:].split("\n---", 1)[0]
     try:
-        loaded = plain_yaml.load(block, as_the_hub=True)
+        loaded = plain_yaml.load(block, as_the_hub=True, lenient=True)
     except ValueError:
         return {}
     return loaded if isinstance(loaded, dict) else {}
@@ -110,6 +111,9 @@ def command_line(settings: Settings) -> str:
         value, default = getattr(settings, name), known[name].default
         if value == default and name not in ("rate", "scope"):
             continue
+        if known[name].metadata.get("repeated"):
+            words += [word for part in value for word in (spelled(known[name]), shlex.quote(part))]
+            continue
         words.append(spelled(known[name]))
         if not isinstance(default, bool):
             parts = value if isinstance(value, tuple) else (value,)
@@ -123,6 +127,7 @@ def render_card(
     kind: CardKind = CHECKPOINT_CARD,
     *,
     figure: bool,
+    loss_figure: bool = False,
 ) -> str:
     """The card as Markdown.
 
@@ -131,6 +136,7 @@ def render_card(
         base: the base card's metadata.
         kind: of the output.
         figure: whether the figure of the layers lies beside the card.
+        loss_figure: whether that of the training's loss does.
     """
     import yaml
     from jinja2.sandbox import SandboxedEnvironment
@@ -139,7 +145,7 @@ def render_card(
     environment = SandboxedEnvironment(
         autoescape=False, keep_trailing_newline=True, trim_blocks=True
     )
-    words = _words(manifest, figure)
+    words = {**_words(manifest, figure), "loss_figure": loss_figure}
     metadata = card_metadata(manifest, base, kind)
     if manifest.results is not None and manifest.results["tasks"]:
         metadata["model-index"] = model_index(manifest.results, words["title"])

@@ -15,6 +15,7 @@ from surgery.files.checkpoint import Checkpoint, Origin, check_links, open_check
 from surgery.files.descriptors import read_at
 from surgery.files.digests import file_sha256
 from surgery.files.generated import GENERATED
+from surgery.files.side_files import is_hidden
 from surgery.folds.edits import Edit
 from surgery.outputs.records import CheckRecord, FileRecord, VerificationRecord
 from surgery.outputs.write import edited_blocks
@@ -98,8 +99,20 @@ def verify_edits(base: Checkpoint, folder: Path, edits: Sequence[Edit]) -> Check
     return checked("every edited tensor equals the edit recomputed from the base", test)
 
 
-def verify_untouched(base: Checkpoint, folder: Path, changed: Iterable[str]) -> Check:
-    """All tensors but the changed ones, and all side files, are byte-identical to the base."""
+def verify_untouched(
+    base: Checkpoint, folder: Path, changed: Iterable[str], recorded: Iterable[FileRecord] = ()
+) -> Check:
+    """All tensors but the changed ones, and all side files, are byte-identical to the base.
+
+    Args:
+        base: as it is stored.
+        folder: of what was written.
+        changed: names of the tensors that were to change.
+        recorded: the files that the manifest lists; they must be the base's too, also where an
+            earlier version carried more than this one.
+    """
+    known = (record.name for record in recorded)
+    carried = dict.fromkeys((*base.weight_files, *base.side_files, *known))
 
     def test() -> str:
         ranges: dict[str, list[tuple[int, int]]] = {}
@@ -107,18 +120,19 @@ def verify_untouched(base: Checkpoint, folder: Path, changed: Iterable[str]) -> 
             entry = base.tensors[name]
             ranges.setdefault(entry.file, []).append((entry.begin, entry.end))
         compared = 0
-        for name in (*base.weight_files, *base.side_files):
+        for name in carried:
             if name in GENERATED:
                 continue
             skip = sorted(ranges.get(name, []))
             compared += _compare_files(base.folder / name, folder / name, skip)
-        carried = {*base.weight_files, *base.side_files, *GENERATED}
         present = {
             (Path(root) / file).relative_to(folder).as_posix()
             for root, _directories, files in os.walk(folder)
             for file in files
         }
-        strange = sorted(name for name in present - carried if not name.startswith(".cache/"))
+        others = present - {*carried, *GENERATED}
+        # Hidden files are the Hub's and the system's; no loader looks at them.
+        strange = sorted(name for name in others if not is_hidden(name))
         if strange:
             raise BadCheckpoint(f"the output has a file the base has not: {strange[0]}")
         return f"{compared / 1e6:.1f} MB compared"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from surgery.files.paths import expanded
 from surgery.files.staging import write_whole
 from surgery.files.text import write_text
 from surgery.outputs.manifest import clean_numbers, tool_version
@@ -75,6 +76,7 @@ class Comparison:
 
     def write(self, path: Path) -> None:
         """Write the results file, which `surgery card DIR --results FILE` reads."""
+        path = expanded(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
         if path.exists() and not path.is_file():  # /dev/null, say, must not be replaced

@@ -123,7 +123,8 @@ class Folder(Output):
             return checks
         edits_by_file(base, edits)  # a damaged manifest may name anything
         checks.append(verify_edits(base, path, edits))
-        checks.append(verify_untouched(base, path, [edit.tensor for edit in edits]))
+        changed = [edit.tensor for edit in edits]
+        checks.append(verify_untouched(base, path, changed, manifest.files))
         originals = manifest.originals()
         if originals:
             checks.append(verify_originals(base, originals))

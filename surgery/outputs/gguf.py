@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from surgery.errors import BadSettings, Unsupported
@@ -12,7 +11,7 @@ from surgery.files.gguf_file import read_gguf, shard_path, shards_of
 from surgery.files.staging import temporary_sibling
 from surgery.folds.registry import fold_named
 from surgery.method.mask import Mask
-from surgery.outputs.base import Output, Request, Restored, refuse_undo_file
+from surgery.outputs.base import Output, Request, Restored, refuse_what_folders_have
 from surgery.outputs.behaviour import behaviour
 from surgery.outputs.checks import Check, Verification
 from surgery.outputs.describe import FileComparison
@@ -51,7 +50,7 @@ class Gguf(Output):
         return Path(f"{stem}-wemask-{'-'.join(words)}.gguf")
 
     def accept(self, request: Request) -> None:
-        refuse_undo_file(request)
+        refuse_what_folders_have(request)
         if request.settings.fold_used.linear:
             raise Unsupported(
                 "In a GGUF file only the norms can be edited, its projections are quantised: use "
@@ -100,7 +99,8 @@ class Gguf(Output):
             verification = Verification(tuple(checks))
             verification.require()
             reporter.show(verification)
-        return verification, replace(manifest, verification=verification.as_dict())
+        # As it is in the file, which was complete before anything about it was proven.
+        return verification, manifest
 
     def _behaviour(self, written: Sequence[Path], patient: Patient, mask: Mask) -> list[Check]:
         """The written file, dequantised by transformers, against the base under hooks."""

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from surgery.errors import BadCheckpoint, BadSettings
-from surgery.files.gguf_file import read_gguf
+from surgery.files.gguf_file import names_gguf, read_gguf
 from surgery.models.anatomy import text_config
 from surgery.outputs.base import (
     Output,
     Request,
     Restored,
     no_undo_of_adapter,
-    refuse_undo_file,
+    refuse_what_folders_have,
     require_low_rank,
 )
 from surgery.outputs.checks import Check, Verification, checked
@@ -52,9 +52,9 @@ class GgufAdapter(Output):
         return Path(f"{stem}-WeMask-v1.0-F32-LoRA.gguf")  # by GGUF's naming convention
 
     def accept(self, request: Request) -> None:
-        refuse_undo_file(request)
+        refuse_what_folders_have(request)
         require_low_rank(request)
-        if request.target.suffix != ".gguf":
+        if not names_gguf(request.target):
             raise BadSettings(
                 "--as gguf-adapter writes one file; give an --output ending in .gguf."
             )
@@ -87,7 +87,8 @@ class GgufAdapter(Output):
             verification = Verification((_verify(path, architecture, updates, strength),))
             verification.require()
             patient.reporter.show(verification)
-        return verification, replace(manifest, verification=verification.as_dict())
+        # As it is in the file, which was complete before anything about it was proven.
+        return verification, manifest
 
     def wrote(self, manifest: Manifest, path: Path) -> bool:
         return manifest.settings.form == self.name

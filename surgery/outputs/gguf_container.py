@@ -12,7 +12,7 @@ from pathlib import Path
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
 from surgery.files.digests import file_sha256
-from surgery.files.gguf_file import F32, GgufFile, read_gguf, shard_path, shards_of
+from surgery.files.gguf_file import F32, GgufFile, is_gguf, read_gguf, shard_path, shards_of
 from surgery.files.staging import put_each, sync_tree, temporary_sibling
 from surgery.folds.edits import EDITS
 from surgery.outputs.describe import FileComparison
@@ -66,7 +66,7 @@ def gguf_staging(
 
 def read_embedded(path: Path) -> tuple[Manifest, list[GgufFile]]:
     """The manifest inside a GGUF that surgery wrote, and the files; BadCheckpoint without one."""
-    if path.suffix != ".gguf":
+    if not is_gguf(path):
         raise BadCheckpoint(f"{path} is no .gguf file, so surgery did not write it.")
     files = [read_gguf(shard) for shard in shards_of(path)]
     text = files[0].values.get(MANIFEST_KEY)

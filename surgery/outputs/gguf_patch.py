@@ -22,6 +22,7 @@ from surgery.files.checkpoint import Checkpoint, Origin
 from surgery.files.digests import file_sha256
 from surgery.files.gguf_file import F32, GgufFile, read_gguf, shards_of, tensor_type, values_of
 from surgery.files.safetensors_file import TensorEntry
+from surgery.files.weights import Weights
 from surgery.folds.edits import Bias, Edit, Gain
 from surgery.method.mask import Mask
 from surgery.models.anatomy import effective_gain
@@ -52,11 +53,12 @@ def open_gguf(path: Path, origin: Origin, config: Any) -> tuple[Checkpoint, list
         for file in files
         for tensor in file.tensors.values()
     }
+    names = tuple(file.path.name for file in files)
     checkpoint = Checkpoint(
         folder=path.parent,
         origin=origin,
         config=config,
-        weight_files=tuple(file.path.name for file in files),
+        weights=Weights(names[0], names, None),
         tensors=tensors,
         side_files=(),
         file_sizes={file.path.name: file.size for file in files},

@@ -8,22 +8,34 @@ reads.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, VerificationFailed
-from surgery.files.checkpoint import Checkpoint, carried, divided
+from surgery.errors import BadCheckpoint, BadSettings, SurgeryError
+from surgery.files import dtypes
+from surgery.files.checkpoint import Checkpoint
 from surgery.files.descriptors import read_at, write_exactly
+from surgery.files.digests import file_sha256
 from surgery.files.generated import CARD, FIGURE, GENERATED, MANIFEST
 from surgery.files.safetensors_file import read_header
+from surgery.files.side_files import divided, require_matches
 from surgery.folds.edits import Edit
 from surgery.outputs.checks import Verification, checked
 from surgery.outputs.describe import describe, hashed
 from surgery.outputs.figure import plot_layers
-from surgery.outputs.hub import Pushed, in_one_sentence, stale_files
+from surgery.outputs.hub import (
+    Expected,
+    Place,
+    Pushed,
+    Upload,
+    failed,
+    in_one_sentence,
+    status_of,
+)
 from surgery.outputs.manifest import Manifest
 from surgery.outputs.operation import Operation
 from surgery.outputs.plan import RemoteFile, RemotePlan, edits_by_file
@@ -31,10 +43,12 @@ from surgery.outputs.records import FileRecord
 from surgery.outputs.write import edited_blocks
 from surgery.patient.hub import hub_words
 from surgery.patient.quantised import method_of, require_editable
-from surgery.patient.repository import repository_name
+from surgery.patient.remote import KeptRanges
 from surgery.settings import Settings
 
 _STEP = 8 * 1024 * 1024
+# Room for the card, the manifest and the figure.
+_MARGIN = 8 * 1024 * 1024
 
 
 class CopyRefused(SurgeryError):
@@ -93,7 +107,8 @@ class HubCopy:
         """What is patched here and sent, and what is copied on the server."""
         checkpoint, edits = operation.patient.checkpoint, operation.edits
         changed = edits_by_file(checkpoint, edits)
-        info, left_out = _listing(checkpoint)
+        info, left_out = _listing(checkpoint, operation.settings.include)
+        _check_space(sum(checkpoint.file_sizes[name] for name in changed))
         return RemotePlan(
             replace(checkpoint, left_out=left_out),
             self.repository,
@@ -115,19 +130,26 @@ class HubCopy:
         with tempfile.TemporaryDirectory(prefix="surgery-") as temporary:
             folder = Path(temporary)
             with reporter.bar("Reading", sum(plan.sent.values())) as advance:
+                expected: dict[str, str] = {}
                 for name, edits in by_file.items():
-                    _patched(plan, name, edits, folder, advance)
-            manifest = _describe(plan, operation, folder, by_file)
-            made = sorted(path.name for path in folder.iterdir())
+                    expected |= _patched(plan, name, edits, folder, advance)
+            manifest = _describe(plan, operation, folder, expected)
+            made = sorted(
+                path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+            )
             copied = [name for name in plan.listing if name not in made]
-            reporter.say(f"Copying {len(copied)} files on the server, sending {len(made)}")
+            reporter.say(
+                f"Copying {len(copied)} files on the server ({', '.join(copied)}), sending "
+                f"{len(made)} ({', '.join(made)})"
+            )
             pushed = _commit(plan, folder, made, copied, public)
             sent = sum((folder / name).stat().st_size for name in made)
-        _confirm(pushed, plan.repository, manifest)
         return Copied(pushed, manifest, sent)
 
 
-def _listing(checkpoint: Checkpoint) -> tuple[dict[str, RemoteFile], tuple[str, ...]]:
+def _listing(
+    checkpoint: Checkpoint, include: Sequence[str]
+) -> tuple[dict[str, RemoteFile], tuple[str, ...]]:
     """The base's files that a conversion carries, and the names of those that it leaves behind."""
     import huggingface_hub
 
@@ -135,15 +157,30 @@ def _listing(checkpoint: Checkpoint) -> tuple[dict[str, RemoteFile], tuple[str, 
         found = huggingface_hub.HfApi().model_info(
             checkpoint.origin.name, revision=checkpoint.origin.commit, files_metadata=True
         )
-        listing = {}
-        for sibling in found.siblings or []:
-            name = sibling.rfilename
-            large = sibling.lfs.sha256 if sibling.lfs is not None else None
-            known = name in checkpoint.weight_files
-            if known or (carried(name) and name not in GENERATED):
-                listing[name] = RemoteFile(int(sibling.size or 0), large)
-        names = sorted(sibling.rfilename for sibling in found.siblings or [])
-    return listing, divided(names, set(checkpoint.weight_files))[1]
+        known = {
+            sibling.rfilename: RemoteFile(
+                int(sibling.size or 0),
+                sibling.lfs.sha256 if sibling.lfs is not None else None,
+                sibling.blob_id if sibling.lfs is None else None,
+            )
+            for sibling in found.siblings or []
+        }
+    require_matches(known, include)
+    weights = checkpoint.weight_files
+    kept, left = divided(sorted(known), checkpoint.weights, include, checkpoint.folder)
+    carried = [name for name in known if name in weights or name in kept]
+    return {name: known[name] for name in carried if name not in GENERATED}, left
+
+
+def _check_space(needed: int) -> None:
+    """Raise BadSettings where the temporary folder has no room for the files that change."""
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if free < needed + _MARGIN:
+        raise BadSettings(
+            f"The files that change need {(needed + _MARGIN) / 1e9:.2f} GB in {folder}, which has "
+            f"{free / 1e9:.2f} GB free; set TMPDIR to a folder on a larger disk."
+        )
 
 
 def _patched(
@@ -152,36 +189,57 @@ def _patched(
     edits: Sequence[Edit],
     folder: Path,
     advance: Callable[[int], None],
-) -> None:
-    """One changed file, fetched whole, checked against the Hub's sha256, and patched."""
-    checkpoint, known = plan.checkpoint, plan.listing[name]
-    digest, size = hashlib.sha256(), checkpoint.file_sizes[name]
-    with open(folder / name, "xb+") as file:
-        for begin in range(0, size, _STEP):
-            raw = checkpoint.ranges.read(name, begin, min(begin + _STEP, size))
-            digest.update(raw)
-            file.write(raw)
-            advance(len(raw))
-        file.flush()
-        if known.sha256 is not None and digest.hexdigest() != known.sha256:
-            raise BadCheckpoint(f"{name} did not arrive as it is on the Hub (another sha256).")
+) -> dict[str, str]:
+    """One changed file, fetched whole, checked against the Hub's sha256, and patched.
+
+    What the analysis has kept of it is moved, so that it takes its room once.
+
+    Returns:
+        sha256 of every edited tensor, recomputed from the base's bytes.
+    """
+    checkpoint, known, path = plan.checkpoint, plan.listing[name], folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(checkpoint.remote, KeptRanges):
+        checkpoint.remote.move(name, path, advance)
+    else:
+        _copy(checkpoint, name, path, advance)
+    if known.sha256 is not None and file_sha256(path) != known.sha256:
+        raise BadCheckpoint(f"{name} did not arrive as it is on the Hub (another sha256).")
+    entries = {edit.tensor: checkpoint.tensors[edit.tensor] for edit in edits}
+    expected = {}
+    with open(path, "rb+") as file:
         for edit in edits:
-            entry = checkpoint.tensors[edit.tensor]
+            entry = entries[edit.tensor]
+            raw = read_at(file.fileno(), entry.size, entry.begin)
+            values = dtypes.decode(raw, entry.dtype, entry.shape)
+            applied = edit.apply(values, entry.dtype).tobytes()
+            expected[edit.tensor] = hashlib.sha256(applied).hexdigest()
             for position, block in edited_blocks(file.fileno(), entry, edit):
                 write_exactly(file.fileno(), block, position)
+    return expected
+
+
+def _copy(checkpoint: Checkpoint, name: str, path: Path, advance: Callable[[int], None]) -> None:
+    """A file of the Hub's cache."""
+    size = checkpoint.file_sizes[name]
+    with open(path, "xb") as file:
+        for begin in range(0, size, _STEP):
+            raw = checkpoint.ranges.read(name, begin, min(begin + _STEP, size))
+            file.write(raw)
+            advance(len(raw))
 
 
 def _describe(
-    plan: RemotePlan, operation: Operation, folder: Path, by_file: Mapping[str, Sequence[Edit]]
+    plan: RemotePlan, operation: Operation, folder: Path, expected: Mapping[str, str]
 ) -> Manifest:
     """Card, figure and manifest beside the changed files."""
     checkpoint, emergence = plan.checkpoint, operation.emergence
-    verification = _verify(checkpoint, folder, plan.edits, by_file)
+    verification = _verify(plan, folder, expected)
     verification.require()
     files = []
     for name, known in plan.listing.items():
-        source = known.sha256 or _small_sha256(checkpoint, name)
-        if name in by_file:
+        source = known.sha256 or _small_sha256(checkpoint, name, known)
+        if name in plan.sent:
             made = hashed(folder, name)
             files.append(FileRecord(name, made.size, made.sha256, source))
         else:
@@ -193,38 +251,36 @@ def _describe(
     return describe(manifest, folder, checkpoint, generated)
 
 
-def _small_sha256(checkpoint: Checkpoint, name: str) -> str:
+def _small_sha256(checkpoint: Checkpoint, name: str, known: RemoteFile) -> str:
     """Of a file that the Hub keeps in git, whose hashes are of another kind."""
     path = checkpoint.folder / name
-    if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()
     ranges = checkpoint.ranges
-    return hashlib.sha256(ranges.read(name, 0, ranges.size(name))).hexdigest()
+    raw = path.read_bytes() if path.is_file() else ranges.read(name, 0, ranges.size(name))
+    found = Expected.of(raw)
+    if known.blob not in (None, found.blob):
+        raise BadCheckpoint(f"{name} did not arrive as it is on the Hub (another git digest).")
+    return str(found.sha256)
 
 
-def _verify(
-    checkpoint: Checkpoint,
-    folder: Path,
-    edits: tuple[Edit, ...],
-    by_file: Mapping[str, Sequence[Edit]],
-) -> Verification:
+def _verify(plan: RemotePlan, folder: Path, expected: Mapping[str, str]) -> Verification:
     """The changed files against the base on the Hub; the others are copies by their hash."""
+    checkpoint = plan.checkpoint
 
     def structure() -> str:
-        for name in by_file:
+        for name in plan.sent:
             header = read_header(folder / name)
             if any(checkpoint.tensors[tensor] != entry for tensor, entry in header.items()):
                 raise BadCheckpoint(f"{name} has another header than the base's")
         return f"{len(checkpoint.tensors)} tensors in {len(checkpoint.weight_files)} file(s)"
 
     def edited() -> str:
-        for edit in edits:
+        for edit in plan.edits:
             entry = checkpoint.tensors[edit.tensor]
-            expected = edit.apply(checkpoint.read(edit.tensor), entry.dtype).tobytes()
             with open(folder / entry.file, "rb") as file:
-                if read_at(file.fileno(), entry.size, entry.begin) != expected:
-                    raise BadCheckpoint(f"{edit.tensor} is not what the edit gives")
-        return f"{len(edits)} tensors recomputed"
+                raw = read_at(file.fileno(), entry.size, entry.begin)
+            if hashlib.sha256(raw).hexdigest() != expected[edit.tensor]:
+                raise BadCheckpoint(f"{edit.tensor} is not what the edit gives")
+        return f"{len(plan.edits)} tensors recomputed"
 
     return Verification(
         (
@@ -237,61 +293,68 @@ def _verify(
 def _commit(
     plan: RemotePlan, folder: Path, made: Sequence[str], copied: Sequence[str], public: bool
 ) -> Pushed:
-    """One commit: changed and generated files sent, the others copied."""
-    import huggingface_hub
+    """One commit: changed and generated files sent, the others copied.
+
+    Raises:
+        CopyRefused: where the server, or this release of its client, refuses the copies.
+        SurgeryError: for everything else, the server's own failures among it.
+    """
     from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 
-    api, repo, origin = huggingface_hub.HfApi(), plan.repository, plan.checkpoint.origin
-    with in_one_sentence(repo):
-        name = api.create_repo(repository_name(repo), private=not public, exist_ok=True).repo_id
-        present = api.list_repo_files(name)
-    operations: list[Any] = [
-        CommitOperationAdd(path_in_repo=part, path_or_fileobj=folder / part) for part in made
-    ]
-    operations += [
-        CommitOperationDelete(path_in_repo=part)
-        for part in stale_files(present)
-        if part not in made and part not in copied
-    ]
-    try:
-        operations += [
-            CommitOperationCopy(
-                src_path_in_repo=part,
-                path_in_repo=part,
-                src_revision=origin.commit,
-                src_repo_id=origin.name,
-                src_repo_type="model",
-            )
-            for part in copied
+    origin = plan.checkpoint.origin
+    upload = Upload(Place(plan.repository, public=public))
+    expected = {name: Expected.of(folder / name) for name in made}
+    for name in copied:
+        known = plan.listing[name]
+        expected[name] = Expected(known.size, known.sha256, known.blob)
+
+    def operations() -> list[Any]:
+        return [
+            *(CommitOperationAdd(path_in_repo=n, path_or_fileobj=folder / n) for n in made),
+            *(CommitOperationDelete(path_in_repo=name) for name in upload.stale(expected)),
+            *(
+                CommitOperationCopy(
+                    src_path_in_repo=name,
+                    path_in_repo=name,
+                    src_revision=origin.commit,
+                    src_repo_id=origin.name,
+                    src_repo_type="model",
+                )
+                for name in copied
+            ),
         ]
-        result = api.create_commit(
-            name, operations, commit_message=f"{origin.name} with WeMask, copied on the server"
-        )
-    except Exception as error:  # of the server, or of a client that cannot ask it to
-        first = hub_words(error)
-        raise CopyRefused(f"The files cannot be copied to {repo} on the server: {first}") from error
-    with in_one_sentence(repo):
-        private = api.model_info(name).private
-    return Pushed(
-        url=f"{api.endpoint}/{name}",
-        commit=getattr(result, "oid", None),
-        private=private,
-        pull_request=None,
-    )
+
+    message = f"{origin.name} with WeMask, copied on the server"
+    with in_one_sentence(plan.repository):
+        try:
+            return upload.commit(operations, expected, message)
+        except Exception as error:
+            if not _refuses_copies(error):
+                raise
+            raise CopyRefused(
+                f"The files cannot be copied to {plan.repository} on the server: {hub_words(error)}"
+            ) from error
 
 
-def _confirm(pushed: Pushed, repo: str, manifest: Manifest) -> None:
-    """Raise VerificationFailed unless the large files in the repository are the manifest's."""
-    import huggingface_hub
+def _refuses_copies(error: Exception) -> bool:
+    """Whether an exception says that files are not copied between repositories, and no more.
 
-    with in_one_sentence(repo):
-        found = huggingface_hub.HfApi().model_info(
-            pushed.url.split("/", 3)[3], revision=pushed.commit, files_metadata=True
-        )
-        there = {s.rfilename: s.lfs.sha256 for s in found.siblings or [] if s.lfs is not None}
-        names = {sibling.rfilename for sibling in found.siblings or []}
-    for record in manifest.files:
-        if record.name not in names or there.get(record.name, record.sha256) != record.sha256:
-            raise VerificationFailed(f"{repo} does not hold {record.name} as it was to be.")
-    if MANIFEST not in names:
-        raise VerificationFailed(f"{repo} does not hold {MANIFEST}.")
+    Either this release of the client cannot ask for it, knows of a file that it cannot, or got a
+    list of such files; or the server refuses. A server that fails has refused nothing.
+    """
+    status = status_of(error)
+    if status is not None:
+        refused = status == 501 or (400 <= status < 500 and not failed(error))
+        return refused and _asked_to_copy(error)
+    if isinstance(error, TypeError):
+        return "src_repo" in str(error)
+    if isinstance(error, ValueError):
+        return "Cannot duplicate" in str(error)
+    return type(error).__name__ == "FileDuplicationError"  # which not every release has
+
+
+def _asked_to_copy(error: Any) -> bool:
+    request = getattr(error.response, "request", None)
+    url = str(getattr(request, "url", "") or getattr(error.response, "url", ""))
+    # Objects that were not copied are missed at the commit.
+    return "/lfs-files/duplicate" in url or "LFS pointer" in str(error)

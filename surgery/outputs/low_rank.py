@@ -16,6 +16,7 @@ from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files.checkpoint import Checkpoint, Origin
 from surgery.folds.edits import Edit, RankOne
 from surgery.models.anatomy import Anatomy
+from surgery.outputs.places import shown_origin
 
 UPDATES = "rank-one updates"  # what the edits become, in words
 
@@ -75,7 +76,10 @@ def size_of(checkpoint: Checkpoint, anatomy: Anatomy, edits: Sequence[Edit]) -> 
 
 
 def base_name(origin: Origin) -> str:
-    """What `from_pretrained` finds a base by: a Hub id where there is one, else its path."""
+    """What `from_pretrained` finds a base by: a Hub id where there is one, else its name.
+
+    A path is of this machine, and an adapter is published.
+    """
     if origin.note:  # the demo: where its weights come from
         return origin.note.split(" ", 1)[0]
-    return origin.name if origin.kind == "hub" else origin.typed
+    return origin.name if origin.kind == "hub" else shown_origin(origin).typed

@@ -18,6 +18,7 @@ from surgery.outputs.manifest import (
     tool_version,
     versions,
 )
+from surgery.outputs.places import shown_origin, shown_settings
 from surgery.outputs.plan import Plan, RemotePlan
 from surgery.outputs.records import QualityRecord
 from surgery.outputs.undo import replaced_files
@@ -74,12 +75,12 @@ class Operation:
         known = calibration or self.calibration
         return Manifest(
             tool=f"wemask-surgery {tool_version()}",
-            base=patient.checkpoint.origin,
+            base=shown_origin(patient.checkpoint.origin),
             model_type=anatomy.model_type,
             hidden_size=anatomy.hidden_size,
             depth=anatomy.depth,
             anatomy=anatomy.known_from,
-            settings=self.settings,
+            settings=shown_settings(self.settings, patient.checkpoint.origin),
             strength=self.mask.strength,
             dimensions={layer: list(self.mask.dimensions[layer]) for layer in self.mask.layers},
             edits=records(plan.checkpoint, plan.edits),

@@ -102,10 +102,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of the base on the Hub: its bytes, and their sha256 where it is a large file."""
+    """A file of the base on the Hub.
+
+    Attributes:
+        size: in bytes.
+        sha256: where it is a large file.
+        blob: git's sha1 of it, where it is a small one.
+    """
 
     size: int
     sha256: str | None
+    blob: str | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from surgery.errors import BadCheckpoint
 from surgery.files.checkpoint import Checkpoint
 from surgery.files.generated import MANIFEST
-from surgery.files.gguf_file import read_gguf, shards_of
+from surgery.files.gguf_file import names_gguf, read_gguf, shards_of
 from surgery.outputs.adapter import Adapter
 from surgery.outputs.base import Output
 from surgery.outputs.folder import Folder
@@ -23,7 +23,7 @@ OUTPUTS: tuple[Output, ...] = (Folder(), Trained(), Adapter(), Gguf(), GgufAdapt
 
 def output_for(form: str, target: Path | None) -> Output:
     """The kind of output that `--as` and the name of the output ask for."""
-    if form == Folder.name and target is not None and target.suffix == ".gguf":
+    if form == Folder.name and target is not None and names_gguf(target):
         form = Gguf.name
     return next(kind for kind in OUTPUTS if kind.name == form)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.files.checkpoint import Checkpoint
 from surgery.outputs.manifest import Manifest
+from surgery.outputs.places import Places, recalled
 from surgery.patient.patient import Patient
-from surgery.patient.source import resolve
+from surgery.patient.source import DEMO, existing, resolve
 from surgery.reporter import SILENT, Reporter
 
 
@@ -35,6 +36,36 @@ class Review:
     reporter: Reporter = SILENT
 
     @cached_property
+    def places(self) -> Places:
+        """Where on this machine lies what the manifest names by its last part."""
+        return recalled(self.manifest)
+
+    @property
+    def source(self) -> str:
+        """What leads to the base: what the user names, a Hub id, or where it lay.
+
+        Raises:
+            BadCheckpoint: when it does not lie there any more, or nobody here knows where.
+        """
+        origin = self.manifest.base
+        if self.base is not None:
+            return self.base
+        if origin.kind == "hub":
+            return origin.name
+        for place in (self.places.model, origin.typed):
+            if place is not None and (place == DEMO or existing(place) is not None):
+                return place
+        raise BadCheckpoint(
+            f"the base {origin.typed} is not at hand (no such folder or file here); give it with "
+            "--base."
+        )
+
+    @property
+    def calibration(self) -> str | None:
+        """The calibration text, as far as it is at hand."""
+        return self.places.calibration or self.manifest.settings.calibration
+
+    @cached_property
     def checkpoint(self) -> Checkpoint:
         """The base: the one that the user names, or the one of the manifest.
 
@@ -42,18 +73,17 @@ class Review:
             BadCheckpoint: when it cannot be had, or is not the recorded one.
         """
         origin, say = self.manifest.base, self.reporter.say
-        if self.base is not None:
-            found = resolve(self.base, say=say)
-        elif origin.kind == "hub":
-            found = resolve(origin.name, origin.commit, say=say)
-        else:
-            try:
-                found = resolve(origin.typed, say=say)
-            except SurgeryError as error:
-                raise BadCheckpoint(
-                    f"the base {origin.typed} is not at hand ({str(error).rstrip('.')}); give it "
-                    "with --base."
-                ) from error
+        include = self.manifest.settings.include
+        revision = origin.commit if origin.kind == "hub" and self.base is None else None
+        try:
+            found = resolve(self.source, revision, say, include)
+        except SurgeryError as error:
+            if self.base is not None or origin.kind == "hub" or "is not at hand" in str(error):
+                raise
+            raise BadCheckpoint(
+                f"the base {origin.typed} is not at hand ({str(error).rstrip('.')}); give it with "
+                "--base."
+            ) from error
         if origin.sha256 and found.origin.sha256 and origin.sha256 != found.origin.sha256:
             raise BadCheckpoint(
                 f"{found.origin.typed} is not the file this was made from (another sha256)."
@@ -65,6 +95,7 @@ class Review:
         loading = replace(
             self.manifest.settings.loading,
             device=self.device,
+            calibration=self.calibration,
             trust_remote_code=self.trust_remote_code,
         )
         return Patient(checkpoint or self.checkpoint, loading, self.reporter)

@@ -39,7 +39,7 @@ class Trained(Folder):
             checks.append(verify_masked(base, path, edits))
         changed = {*manifest.training["changed"], *(edit.tensor for edit in edits)}
         known = sorted(name for name in changed if name in base.tensors)
-        checks.append(verify_untouched(base, path, known))
+        checks.append(verify_untouched(base, path, known, manifest.files))
         return checks
 
     def restore(self, review: Review, target: Path) -> Restored:

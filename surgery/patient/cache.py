@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from surgery.errors import BadSettings
+from surgery.files.paths import expanded
 from surgery.files.staging import sync_tree, temporary_sibling
 
 _log = logging.getLogger(__name__)
@@ -17,7 +18,7 @@ def cache_folder() -> Path:
     """Where sources that are not safetensors are kept once converted."""
     chosen = os.environ.get("SURGERY_CACHE")
     if chosen:
-        return Path(chosen)
+        return expanded(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wemask-surgery"
 
 

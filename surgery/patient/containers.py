@@ -19,22 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, first_line
-from surgery.files.checkpoint import (
-    INDEX,
-    Checkpoint,
-    Origin,
-    check_links,
-    open_checkpoint,
-    other_files,
-)
+from surgery.files.checkpoint import Checkpoint, Origin, check_links, open_checkpoint, weights_in
 from surgery.files.digests import file_sha256
 from surgery.files.gguf_file import check_sizes, merge, read_gguf, shards_of
+from surgery.files.side_files import other_files
 from surgery.files.text import read_json, write_text
+from surgery.files.weights import INDEX, Weights
 from surgery.models.loading import quiet, require_stored
 from surgery.patient.cache import kept
 
 # Part of the name under which a converted source is kept: raised when the conversion changes.
-READER = 2
+READER = 3
 
 _log = logging.getLogger(__name__)
 
@@ -49,32 +44,44 @@ def gguf_source(checkpoint: Checkpoint) -> Path:
     return checkpoint.gguf
 
 
-def materialised(path: Path, origin: Origin, say: Callable[[str], None]) -> Checkpoint:
+def materialised(
+    path: Path,
+    origin: Origin,
+    say: Callable[[str], None],
+    include: Sequence[str] = (),
+    weights: Weights | None = None,
+) -> Checkpoint:
     """A .gguf file or a folder of pickles as safetensors, converted once and kept.
 
     Args:
         path: The file (any shard of it), or the folder.
         origin: What it is called; its digest is added.
         say: Told what takes time.
+        include: Patterns of side files that belong to it beyond the usual ones.
+        weights: Which files of a folder hold its weights.
 
     Raises:
         BadCheckpoint: It holds no model that can be read.
     """
+    beside: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
     if path.is_file():
         files = shards_of(path)
-        digest = file_sha256(path) if len(files) == 1 else _digest(files)
+        digest = file_sha256(path) if len(files) == 1 else _digest(path.parent, files)
     else:
-        files = pickles(path)
-        everything = [*files, *_beside(path)]
-        check_links(path, [file.name for file in everything])
-        digest = _digest(everything)
+        weights = weights or weights_in(path)
+        files = [path / name for name in weights.files]
+        beside, left_out = _beside(path, weights, include)
+        everything = [*files, *(path / name for name in beside)]
+        check_links(path, [file.relative_to(path).as_posix() for file in everything])
+        digest = _digest(path, everything)
 
     def make(temporary: Path) -> None:
         if path.is_file():
             _require_model(files[0])
             gguf_to_safetensors(files, temporary)
         else:
-            _pickles_to_safetensors(path, files, temporary)
+            _pickles_to_safetensors(path, files, beside, temporary)
 
     target = kept(
         f"{origin.kind}-{READER}-{digest[:32]}",
@@ -82,8 +89,11 @@ def materialised(path: Path, origin: Origin, say: Callable[[str], None]) -> Chec
         lambda target: say(f"Reading {path.name} into safetensors (kept in {target})"),
     )
     made_from = tuple(file.absolute() for file in (files if path.is_file() else [path]))
-    found = open_checkpoint(target, replace(origin, sha256=digest))
-    return replace(found, made_from=made_from)
+    # Of a folder, only what was to be carried was copied.
+    found = open_checkpoint(
+        target, replace(origin, sha256=digest), include=include if path.is_file() else ("*",)
+    )
+    return replace(found, made_from=made_from, left_out=left_out or found.left_out)
 
 
 def _require_model(path: Path) -> None:
@@ -101,15 +111,10 @@ def _require_model(path: Path) -> None:
         raise BadCheckpoint(f"{path} does not say how many layers it has, so it holds no model.")
 
 
-def _digest(files: list[Path]) -> str:
+def _digest(folder: Path, files: list[Path]) -> str:
     """One digest for several files, by name and content."""
-    lines = [f"{file_sha256(file)} {file.name}\n" for file in files]
+    lines = [f"{file_sha256(file)} {file.relative_to(folder).as_posix()}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def pickles(folder: Path) -> list[Path]:
-    """PyTorch's weight files in a folder, in order."""
-    return sorted(path for path in folder.glob("pytorch_model*.bin") if path.is_file())
 
 
 def gguf_to_safetensors(files: Sequence[Path], folder: Path) -> None:
@@ -194,7 +199,9 @@ def _portable_config(folder: Path) -> None:
     _edit_json(folder / "config.json", change)
 
 
-def _pickles_to_safetensors(source: Path, files: list[Path], folder: Path) -> None:
+def _pickles_to_safetensors(
+    source: Path, files: list[Path], beside: Sequence[str], folder: Path
+) -> None:
     """Old PyTorch files, tensor by tensor, without running any code they contain."""
     if not (source / "config.json").is_file():
         raise BadCheckpoint(f"{source} has no config.json, so it is not a Hugging Face checkpoint.")
@@ -211,8 +218,9 @@ def _pickles_to_safetensors(source: Path, files: list[Path], folder: Path) -> No
     if len(files) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
-    for path in _beside(source):
-        shutil.copyfile(path, folder / path.name)
+    for name in beside:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
 
 
 def _unpickled(file: Path) -> dict[str, Any]:
@@ -256,10 +264,18 @@ def _save(state: dict[str, Any], file: Path, target: Path) -> tuple[list[str], i
     return list(tensors), sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _beside(folder: Path) -> list[Path]:
-    """What belongs to a checkpoint of pickles, other copies of the weights left aside."""
-    kept, _ = other_files(folder, set())
-    return [folder / name for name in kept if "/" not in name and (folder / name).is_file()]
+def _beside(
+    folder: Path, weights: Weights, include: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a checkpoint of pickles carries, and what it leaves behind; its index is neither.
+
+    An index is written anew for what the pickles become.
+    """
+    kept, left = other_files(folder, weights, include)
+    for name in kept:
+        if not (folder / name).is_file():  # reading from a pipe, say, would wait for ever
+            raise BadCheckpoint(f"{folder / name} is a broken link or no plain file; remove it.")
+    return kept, left
 
 
 def _without_aliases(state: dict[str, Any]) -> dict[str, Any]:

@@ -2,43 +2,33 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from surgery.errors import BadCheckpoint, SurgeryError, first_line
 from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
-
-# Other copies of the same weights, not worth the download when there are safetensors.
-_NOT_NEEDED = [
-    "*.bin",
-    "*.pt",
-    "*.pth",
-    "*.ckpt",
-    "*.h5",
-    "*.msgpack",
-    "*.onnx*",
-    "*.gguf",
-    "*.tflite",
-    "consolidated*",
-    "original/*",
-    "onnx/*",
-    "openvino/*",
-    "coreml/*",
-]
+from surgery.files.side_files import is_other_format, is_weights, matches
+from surgery.files.text import read_json
+from surgery.files.weights import Weights, choose
 
 _log = logging.getLogger(__name__)
 
 
-def download(name: str, revision: str | None, say: Callable[[str], None]) -> Path:
+def download(
+    name: str, revision: str | None, say: Callable[[str], None], include: Sequence[str] = ()
+) -> Path:
     """The folder of a model's files in the Hub's cache, fetched unless they are there.
 
     Args:
         name: The model's id.
         revision: A branch, tag or commit; None for the newest.
         say: Told what is being fetched.
+        include: Patterns of further files that are carried.
 
     Raises:
         BadCheckpoint: The Hub does not give them, and the cache does not hold them.
@@ -48,12 +38,12 @@ def download(name: str, revision: str | None, say: Callable[[str], None]) -> Pat
     with hub_errors(name, revision):
         try:
             info = huggingface_hub.HfApi().model_info(name, revision=revision)
-            files = [sibling.rfilename for sibling in info.siblings or []]
-            ignored = _NOT_NEEDED if any(f.endswith(".safetensors") for f in files) else []
+            weights = weights_on_hub(name, info)
+            wanted = _needed(names_of(info), weights, include)
             say(f"Fetching {name} (commit {str(info.sha)[:12]}) from the Hub")
             # By the name the user gave, so that the cache also knows it when offline.
             folder = huggingface_hub.snapshot_download(
-                name, revision=revision, ignore_patterns=ignored
+                name, revision=revision, allow_patterns=[glob.escape(file) for file in wanted]
             )
         except Exception as error:
             if not unreachable(error):
@@ -63,6 +53,47 @@ def download(name: str, revision: str | None, say: Callable[[str], None]) -> Pat
                 name, revision=revision, local_files_only=True
             )
     return Path(folder)
+
+
+def _needed(names: Sequence[str], weights: Weights, include: Sequence[str]) -> list[str]:
+    """What to fetch: everything but other copies of the weights, which are large."""
+    return [
+        name
+        for name in names
+        if name in (*weights.files, weights.entry)
+        or matches(name, include)
+        or not (is_weights(name) or is_other_format(name))
+        # A sentence encoder has modules with weights of their own.
+        or ("/" in name and name.endswith(".safetensors") and not is_other_format(name))
+    ]
+
+
+def names_of(info: Any) -> list[str]:
+    """The names of the files in a listing of the Hub."""
+    return [sibling.rfilename for sibling in info.siblings or []]
+
+
+def weights_on_hub(name: str, info: Any) -> Weights:
+    """The weights that stock transformers takes from a commit of a repository.
+
+    Args:
+        name: of the repository.
+        info: the Hub's listing of the commit.
+
+    Raises:
+        BadCheckpoint: there are none, or not all of them.
+    """
+    import huggingface_hub
+
+    if not isinstance(info.sha, str):
+        raise BadCheckpoint(f"The Hub's answer about {name} names no commit; try again later.")
+    names = names_of(info)
+
+    def read(file: str) -> dict[str, Any]:
+        return read_json(Path(huggingface_hub.hf_hub_download(name, file, revision=info.sha)))
+
+    config = read("config.json") if "config.json" in names else {}
+    return choose(names, read, name, config)
 
 
 def cached(name: str, revision: str | None) -> Path | None:

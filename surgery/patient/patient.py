@@ -10,6 +10,8 @@ from typing import Any
 
 from surgery.errors import BadSettings
 from surgery.files.checkpoint import Checkpoint
+from surgery.files.foreign import is_whole
+from surgery.files.weights import method_of
 from surgery.models.anatomy import Anatomy, describe, is_multimodal, refuse_quantised
 from surgery.patient import texts
 from surgery.patient.quantised import dequantised
@@ -87,7 +89,12 @@ class Patient:
         """The same model in floating point, which can be run."""
         if not self._dequantise:
             return self.checkpoint
-        return dequantised(self.checkpoint, self.reporter.say)
+        stored = self.checkpoint
+        if stored.remote is not None and method_of(stored.config):
+            # Packed weights are not streamed: each is unpacked from several tensors.
+            origin = stored.origin
+            stored = resolve(origin.name, origin.commit, self.reporter.say)
+        return dequantised(stored, self.reporter.say)
 
     @cached_property
     def anatomy(self) -> Anatomy:
@@ -145,9 +152,10 @@ class Patient:
     def prompts(self) -> list[Prompt]:
         """The prompts the ME Layer is located with; BadSettings when the text is too short."""
         chosen = self._calibration_texts()[: texts.LOCATING_PROMPTS]
-        tokens = texts.encode(self.tokenizer, chosen, self._longest(texts.LONGEST_PROMPT))
+        longest = self._longest(texts.LONGEST_PROMPT)
+        tokens = texts.encode(self.tokenizer, chosen, longest, self.vocabulary)
         prompts = [
-            Prompt(text.kind, text.text, tuple(ids))
+            Prompt(text.kind, texts.written(self.tokenizer, text), tuple(ids))
             for text, ids in zip(chosen, tokens, strict=True)
             if len(ids) >= texts.SHORTEST
         ]
@@ -179,17 +187,25 @@ class Patient:
     def windows(self, chosen: list[Text], limit: int, length: int | None = None) -> list[list[int]]:
         """Texts as sequences of tokens that the model's context holds."""
         longest = self._longest(length or texts.WINDOW)
-        return texts.windows(self.tokenizer, chosen, longest, limit)
+        return texts.windows(self.tokenizer, chosen, longest, limit, self.vocabulary)
 
     def _calibration_texts(self) -> list[Text]:
         if self.loading.calibration is None:
             return texts.bundled("calibration")
         return texts.read_texts(Path(self.loading.calibration))
 
-    def _longest(self, wanted: int) -> int:
-        from surgery.models.loading import longest_context  # imports torch
+    @cached_property
+    def vocabulary(self) -> int | None:
+        """How many tokens the model has embeddings for; None where its configuration is silent."""
+        from surgery.models.loading import text_settings  # imports torch
 
-        return longest_context(self.config.get_text_config(), wanted)
+        found = getattr(text_settings(self.config), "vocab_size", None)
+        return found if is_whole(found) else None
+
+    def _longest(self, wanted: int) -> int:
+        from surgery.models.loading import longest_context, text_settings  # import torch
+
+        return longest_context(text_settings(self.config), wanted)
 
 
 def examine(

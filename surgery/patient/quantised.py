@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files import dtypes
-from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
 from surgery.files.digests import file_sha256
+from surgery.files.foreign import block, whole, words
 from surgery.files.safetensors_file import write_safetensors
 from surgery.files.text import write_text
+from surgery.files.weights import INDEX, SINGLE, method_of, quantisation
 from surgery.patient.cache import kept
-from surgery.patient.schemes import BLOCK, groups_of, scheme_of, spread, weight_schemes
+from surgery.patient.schemes import BLOCK, groups_of, scheme_of, spread
 
 # Part of the name under which a dequantised copy is kept: raised when the functions change.
 _READER = 3
@@ -44,18 +46,6 @@ _log = logging.getLogger(__name__)
 Array = NDArray[Any]
 Parts = Mapping[str, Array]
 Weight = NDArray[np.float32]
-
-
-def quantisation(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantisation settings in a configuration; None for plain weights."""
-    found = config.get("quantization_config") or config.get("compression_config")
-    return found if isinstance(found, Mapping) else None
-
-
-def method_of(config: Mapping[str, Any]) -> str:
-    """The name of the method, such as fp8 or gptq; empty for plain weights."""
-    found = quantisation(config)
-    return "" if found is None else str(found.get("quant_method", "unknown method"))
 
 
 # --------------------------------------------------------------------------------------------
@@ -97,7 +87,7 @@ def gptq(parts: Parts, settings: Mapping[str, Any]) -> Weight:
 
 def awq(parts: Parts, settings: Mapping[str, Any]) -> Weight:
     """scales (q − z), with the columns of each group of eight in AWQ's own order."""
-    bits = int(settings.get("bits", settings.get("w_bit", 4)))
+    bits = int(settings.get("bits", 4))
 
     def unpacked(packed: Array) -> NDArray[np.int32]:
         columns = unpack_columns(np.ascontiguousarray(packed), bits)
@@ -242,20 +232,30 @@ def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
     if method not in FORMATS:
         raise Unsupported(refusal(method))
     if method == "compressed-tensors":
-        bits = {scheme.get("num_bits") for _, scheme in weight_schemes(found)}
-        if found.get("format") == "pack-quantized" and (not bits or bits - {4, 8}):
-            raise Unsupported(refusal(f"compressed-tensors in {bits} bits"))
-        groups = (found.get("config_groups") or {}).values()
-        forms = [found.get("format"), *(group.get("format") for group in groups)]
-        strange = [form for form in forms if str(form).startswith(("nvfp", "mx"))]
+        groups = block(found, "config_groups")
+        parts = [block(groups, name) for name in groups]
+        bits = {whole(block(part, "weights"), "num_bits", default=0) for part in parts}
+        layout = words(found, "format")
+        if layout == "pack-quantized" and (not bits or bits - {4, 8}):
+            many = ", ".join(str(number) for number in sorted(bits)) or "no"
+            raise Unsupported(refusal(f"compressed-tensors in {many} bits"))
+        forms = [layout, *(words(part, "format") for part in parts)]
+        strange = [form for form in forms if form.startswith(("nvfp", "mx"))]
         if found.get("sparsity_config") or strange:
             raise Unsupported(refusal(f"compressed-tensors ({(strange or forms)[0]})"))
     if method in ("gptq", "awq"):
-        bits_here = int(found.get("bits", found.get("w_bit", 4)))
-        layout = str(found.get("version", "gemm")).lower()
+        bits_here = whole(found, "bits", "w_bit", default=4)
+        layout = words(found, "version", "gemm").lower()
         known = (2, 4, 8) if method == "gptq" else (4,)
         if bits_here not in known or (method == "awq" and layout != "gemm"):
             raise Unsupported(refusal(f"{method} ({layout}, {bits_here} bits)"))
+        if method == "gptq":
+            words(found, "checkpoint_format")
+            # What transformers takes where nothing is said.
+            group = whole(found, "group_size", default=128, least=-1)
+            return {**found, "bits": bits_here, "group_size": group}
+        # With the number of bits that was checked, whichever name it had.
+        return {**found, "bits": bits_here}
     return found
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from surgery.patient.hub import hub_words
 
 # Requests under way at once; each costs a round trip, not bandwidth.
 _PARALLEL = 8
+_STEP = 8 * 1024 * 1024
+# Bytes of disk that reading ahead never takes.
+_ROOM = 64 * 1024 * 1024
 # What describes a model, next to its weights, and what generated files take the place of.
 SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py", CARD, FIGURE, LOSS_FIGURE]
 
@@ -22,16 +26,38 @@ _log = logging.getLogger(__name__)
 
 
 class HubRanges:
-    """Byte ranges of the files of one commit, read through huggingface_hub's file system."""
+    """Byte ranges of the files of one commit, read through huggingface_hub's file system.
+
+    `bytes_read` counts what came from the Hub, and nothing that was in its cache.
+    """
 
     def __init__(self, repo: str, commit: str) -> None:
         from huggingface_hub import HfFileSystem
 
         self._files = HfFileSystem()
+        self._repo, self._commit = repo, commit
         self._root = f"{repo}@{commit}"
         self._sizes: dict[str, int] = {}
         self._lock = threading.Lock()
         self.bytes_read = 0
+
+    def fetch_small(self, names: Sequence[str]) -> Path:
+        """The folder with the small files among `names`, fetched unless they are in the cache."""
+        import huggingface_hub
+
+        def here(name: str) -> bool:
+            known = huggingface_hub.try_to_load_from_cache(self._repo, name, revision=self._commit)
+            return isinstance(known, str)
+
+        missing = [name for name in names if not here(name)]
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                self._repo, revision=self._commit, allow_patterns=SMALL_FILES
+            )
+        )
+        fetched = [folder / name for name in missing if (folder / name).is_file()]
+        self.bytes_read += sum(path.stat().st_size for path in fetched)
+        return folder
 
     def size(self, file: str) -> int:
         """Bytes of a file; BadCheckpoint when the commit has none of that name."""
@@ -73,7 +99,10 @@ class HubRanges:
 
 
 class KeptRanges:
-    """The byte ranges of another reader, each of them read once and kept in a folder."""
+    """The byte ranges of another reader, each of them read once and kept in a folder.
+
+    What the disk has no room for is not kept.
+    """
 
     def __init__(self, ranges: Ranges, folder: Path) -> None:
         self._ranges, self._folder = ranges, folder
@@ -90,17 +119,33 @@ class KeptRanges:
     def read_many(self, ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """Several ranges, in the order asked for; what is not kept yet is read at once."""
         missing = [(file, *gap) for file, *wanted in ranges for gap in self._gaps(file, *wanted)]
-        for (file, begin, end), raw in zip(missing, self._ranges.read_many(missing), strict=True):
-            with open(self._path(file), "rb+") as kept:
-                kept.seek(begin)
-                kept.write(raw)
-            self._known[file].append((begin, end))
+        needed = sum(end - begin for _, begin, end in missing)
+        if needed and shutil.disk_usage(self._folder).free < needed + _ROOM:
+            return self._ranges.read_many(ranges)
+        self._keep(missing)
         found = []
         for file, begin, end in ranges:
             with open(self._path(file), "rb") as kept:
                 kept.seek(begin)
                 found.append(kept.read(end - begin))
         return found
+
+    def move(self, file: str, target: Path, advance: Callable[[int], None]) -> None:
+        """Make a whole file of what is kept of it, and put it elsewhere; nothing of it stays."""
+        size = self.size(file)
+        for begin in range(0, size, _STEP):
+            end = min(begin + _STEP, size)
+            self._keep([(file, *gap) for gap in self._gaps(file, begin, end)])
+            advance(end - begin)
+        shutil.move(self._path(file), target)
+        del self._known[file]
+
+    def _keep(self, missing: Sequence[tuple[str, int, int]]) -> None:
+        for (file, begin, end), raw in zip(missing, self._ranges.read_many(missing), strict=True):
+            with open(self._path(file), "rb+") as kept:
+                kept.seek(begin)
+                kept.write(raw)
+            self._known[file].append((begin, end))
 
     def _path(self, file: str) -> Path:
         path = self._folder / file.replace("/", "%2F")

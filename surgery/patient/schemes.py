@@ -90,7 +90,9 @@ def weight_schemes(found: Mapping[str, Any]) -> Iterator[tuple[list[str], Mappin
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         if isinstance(weights, Mapping):
-            yield [str(target) for target in group.get("targets") or ()], weights
+            targets = group.get("targets")
+            named = targets if isinstance(targets, list) else []
+            yield [str(target) for target in named], weights
 
 
 def _by_name(target: str, module: str) -> bool:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from surgery.errors import BadCheckpoint, BadSettings
-from surgery.files.checkpoint import INDEX, SINGLE, Checkpoint, Origin, open_checkpoint
+from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint, weights_in
 from surgery.files.digests import file_sha256
-from surgery.patient.containers import materialised, pickles
-from surgery.patient.hub import cached, download, hub_errors, unreachable
-from surgery.patient.remote import SMALL_FILES, HubRanges
+from surgery.files.gguf_file import is_gguf
+from surgery.files.text import read_json
+from surgery.files.weights import ADAPTER_CONFIG, PACKING, method_of
+from surgery.patient.containers import materialised
+from surgery.patient.hub import (
+    cached,
+    download,
+    hub_errors,
+    names_of,
+    unreachable,
+    weights_on_hub,
+)
+from surgery.patient.remote import HubRanges
 
 DEMO = "demo"
 DEMO_NAME = "SmolLM2-135M-Instruct"
@@ -33,31 +43,49 @@ def _silent(_message: str) -> None:
     return None
 
 
-def resolve(model: str, revision: str | None = None, say: Say = _silent) -> Checkpoint:
+def resolve(
+    model: str, revision: str | None = None, say: Say = _silent, include: Sequence[str] = ()
+) -> Checkpoint:
     """The checkpoint behind a folder, a Hub id (`name@revision`), a .gguf file or `demo`.
 
     Args:
         model: What a user typed.
         revision: A branch, tag or commit of a Hub id.
         say: Told what takes time.
+        include: Patterns of side files that belong to it beyond the usual ones.
 
     Raises:
         BadCheckpoint: It cannot be had.
-        BadSettings: The words contradict each other.
+        BadSettings: The words contradict each other, or a pattern is that of no file.
     """
     _log.debug("looking for %s", model)
     if model == DEMO:
-        return materialised(_demo_file(), Origin("gguf", DEMO_NAME, DEMO, note=_DEMO_NOTE), say)
-    path = _existing(model)
+        origin = Origin("gguf", DEMO_NAME, DEMO, note=_DEMO_NOTE)
+        return materialised(_demo_file(), origin, say, include)
+    path = existing(model)
     if path is not None and path.is_dir():
         if revision is not None:
             raise BadSettings("--revision is for Hub ids; a local folder has no revisions.")
         origin = Origin("directory", path.resolve().name, model)
-        return _from_folder(path, origin, say)
+        return _from_folder(path, origin, say, include)
     if path is not None and path.is_file():
-        if path.suffix != ".gguf":
+        if not is_gguf(path):
             raise BadCheckpoint(f"{path} is a file; give a checkpoint folder or a .gguf file.")
-        return materialised(path, Origin("gguf", path.stem, model), say)
+        if revision is not None:
+            raise BadSettings("--revision is for Hub ids; a local file has no revisions.")
+        return materialised(path, Origin("gguf", path.stem, model), say, include)
+    name, wanted = _on_hub(model, revision)
+    folder = download(name, wanted, say, include)
+    return _from_folder(folder, Origin("hub", name, model, commit=folder.name), say, include)
+
+
+def _on_hub(model: str, revision: str | None) -> tuple[str, str | None]:
+    """The id and the revision of a model on the Hub, from `name@revision`.
+
+    Raises:
+        BadCheckpoint: It can be no id.
+        BadSettings: Two revisions are asked for.
+    """
     name, _, tag = model.partition("@")
     if tag and revision is not None and tag != revision:
         raise BadSettings(f"{model} names a revision and so does --revision {revision}; give one.")
@@ -65,15 +93,10 @@ def resolve(model: str, revision: str | None = None, say: Say = _silent) -> Chec
         raise BadCheckpoint(
             f"{model} is neither an existing folder or file nor the id of a model on the Hub."
         )
-    return _from_hub(name, tag or revision, model, say)
+    return name, tag or revision
 
 
-def _from_hub(name: str, revision: str | None, typed: str, say: Say) -> Checkpoint:
-    folder = download(name, revision, say)
-    return _from_folder(folder, Origin("hub", name, typed, commit=folder.name), say)
-
-
-def _existing(model: str) -> Path | None:
+def existing(model: str) -> Path | None:
     """What is at a path that a user typed; None when nothing is, or it cannot be a path."""
     try:
         path = Path(model).expanduser()
@@ -82,25 +105,36 @@ def _existing(model: str) -> Path | None:
         return None
 
 
-def _from_folder(folder: Path, origin: Origin, say: Say) -> Checkpoint:
-    safetensors = (folder / SINGLE).exists() or (folder / INDEX).exists()
-    if not safetensors:
-        if (folder / "adapter_config.json").is_file():
-            raise BadCheckpoint(f"{folder} is a PEFT adapter; merge it into its base model first.")
-        if pickles(folder) and not any(folder.glob("*.safetensors")):
-            return materialised(folder, Origin("bin", origin.name, origin.typed), say)
-    return open_checkpoint(folder, origin)
+def _from_folder(folder: Path, origin: Origin, say: Say, include: Sequence[str]) -> Checkpoint:
+    weights = weights_in(folder)
+    _say_left_aside(folder, say)
+    if weights.pickled:
+        pickled = Origin("bin", origin.name, origin.typed)
+        return materialised(folder, pickled, say, include, weights)
+    return open_checkpoint(folder, origin, weights=weights, include=include)
 
 
-def resolve_light(model: str, revision: str | None = None, say: Say = _silent) -> Checkpoint:
+def _say_left_aside(folder: Path, say: Say) -> None:
+    """Tell what lies beside a whole model and would change what some library loads."""
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    if (folder / ADAPTER_CONFIG).is_file():
+        say(f"Left aside: {ADAPTER_CONFIG}, whose adapter is no part of this whole model")
+    if (folder / PACKING).is_file() and not method_of(config):
+        say(f"Left aside: {PACKING}, from which transformers reads nothing")
+    if config.get("quantization_config") and not method_of(config):
+        say("quantization_config is switched off: the weights are read as they are stored")
+
+
+def resolve_light(
+    model: str, revision: str | None = None, say: Say = _silent, include: Sequence[str] = ()
+) -> Checkpoint:
     """Like `resolve`, but a Hub model that is not in the cache stays on the Hub.
 
     Its small files are fetched, its headers read, and its weights left to be read by byte range.
     """
-    name, _, tag = model.partition("@")
-    if model == DEMO or _existing(model) or not _HUB_ID.match(name) or model.endswith("@"):
-        return resolve(model, revision, say)
-    wanted = tag or revision
+    if model == DEMO or existing(model):
+        return resolve(model, revision, say, include)
+    name, wanted = _on_hub(model, revision)
     with hub_errors(name, wanted):
         import huggingface_hub
 
@@ -109,19 +143,20 @@ def resolve_light(model: str, revision: str | None = None, say: Say = _silent) -
         except Exception as error:
             if not unreachable(error):
                 raise
-            return resolve(model, revision, say)
+            return resolve(model, revision, say, include)
         here = cached(name, info.sha)
         if here is not None:
-            return _from_folder(here, Origin("hub", name, model, commit=here.name), say)
-        files = [sibling.rfilename for sibling in info.siblings or []]
-        if SINGLE not in files and INDEX not in files:
-            return resolve(model, revision, say)
+            origin = Origin("hub", name, model, commit=here.name)
+            return _from_folder(here, origin, say, include)
+        weights = weights_on_hub(name, info)
+        if weights.pickled:
+            return resolve(model, revision, say, include)
         say(f"Reading {name} (commit {str(info.sha)[:12]}) on the Hub, without downloading it")
-        folder = Path(
-            huggingface_hub.snapshot_download(name, revision=info.sha, allow_patterns=SMALL_FILES)
-        )
+        ranges = HubRanges(name, str(info.sha))
+        folder = ranges.fetch_small(names_of(info))
         origin = Origin("hub", name, model, commit=str(info.sha))
-        return open_checkpoint(folder, origin, HubRanges(name, str(info.sha)))
+        _say_left_aside(folder, say)
+        return open_checkpoint(folder, origin, ranges, weights)
 
 
 def _demo_file() -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import BadSettings
+from surgery.files.paths import expanded
 from surgery.files.resources import resource_folder
 from surgery.files.staging import replacing
 from surgery.files.text import write_text
@@ -146,7 +147,7 @@ def write_report(analysis: Analysis, folder: Path, settings: Mapping[str, Any]) 
     settings: what the analysis was made with, shown on the page. Raises BadSettings where the
     folder holds anything but an earlier report.
     """
-    folder = Path(folder).absolute()
+    folder = expanded(folder).absolute()
     with replacing(folder, lambda: check_folder(folder)) as staged:
         made = sections(analysis, staged)
         data = summary(analysis)
@@ -169,7 +170,7 @@ def write_comparison(
     compared: Sequence[Compared], folder: Path, settings: Mapping[str, Any]
 ) -> None:
     """Write the report that sets models side by side (Table 8 for the user's list)."""
-    folder = Path(folder).absolute()
+    folder = expanded(folder).absolute()
     with replacing(folder, lambda: check_folder(folder)) as staged:
         found = comparison_curves(compared)
         made = []

@@ -12,6 +12,7 @@ from typing import Any
 
 from surgery.errors import BadSettings
 from surgery.files.checkpoint import Origin
+from surgery.files.paths import expanded
 from surgery.folds.registry import FOLDS, fold_named
 from surgery.measure.task_settings import TaskSettings
 from surgery.method.mask import attention_targets, mask_size
@@ -173,7 +174,7 @@ def varied(common: Settings, **lists: Sequence[Any]) -> dict[str, tuple[Any, ...
 
 
 def _text_hash(path: str | None, bundled: str) -> str:
-    file = Path(path) if path is not None else texts.FOLDER / f"{bundled}.jsonl"
+    file = expanded(path) if path is not None else texts.FOLDER / f"{bundled}.jsonl"
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 

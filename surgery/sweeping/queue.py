@@ -26,10 +26,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from surgery.errors import BadSettings, SurgeryError, first_line
+from surgery.files.paths import expanded
 
 if TYPE_CHECKING:
     import optuna
@@ -326,12 +326,12 @@ def database(url: str) -> str:
             "--storage must be sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE."
         )
     if scheme == "sqlite":
-        path = Path(rest.removeprefix("/"))
+        path = expanded(rest.removeprefix("/"))
         if not rest.startswith("/") or not path.name:
             raise BadSettings("--storage sqlite:///FILE needs a file.")
         if not path.parent.is_dir():
             raise BadSettings(f"--storage names a file in {path.parent}, which is no folder.")
-        return url
+        return f"sqlite:///{path}"
     if "+" in scheme:
         return url
     for name in _POSTGRESQL[1:]:

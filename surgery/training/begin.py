@@ -9,7 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import BadSettings
+from surgery.errors import BadSettings, first_line
+from surgery.files.paths import expanded
 from surgery.files.staging import held, remove_stale, replacing, write_whole
 from surgery.files.text import read_json
 from surgery.outputs.plan import check_apart
@@ -28,7 +29,7 @@ def target_of(output: str | Path | None, raw: Mapping[str, Any], recipe: Path) -
     named = output or (block.get("output") if isinstance(block, dict) else None)
     if named is not None and (not isinstance(named, str | Path) or "\0" in str(named)):
         raise BadSettings(f"{BLOCK}: output cannot be {named!r}.")
-    return Path(os.path.abspath(named or f"{recipe.stem}-output"))
+    return Path(os.path.abspath(expanded(named or f"{recipe.stem}-output")))
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def in_one_sentence(output: Path) -> Iterator[None]:
     except Exception as error:
         if not disk_failed(error):
             raise
-        reason = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         if isinstance(error, RuntimeError):
             reason = "a checkpoint could not be written (is the disk full?)"
         raise BadSettings(

@@ -9,6 +9,7 @@ from typing import Any
 
 from surgery.files.checkpoint import Checkpoint
 from surgery.outputs.manifest import clean_numbers
+from surgery.outputs.places import shown_data, shown_origin
 from surgery.patient.patient import Patient
 from surgery.reporter import Reporter
 from surgery.settings import Settings
@@ -77,7 +78,7 @@ def make_case(
 
 
 def revision_of(recipe: Recipe) -> str | None:
-    revision = recipe.keys.get("modelrevision_of")
+    revision = recipe.keys.get("model_revision")
     return str(revision) if revision is not None else None
 
 
@@ -85,18 +86,18 @@ def names_of(checkpoint: Checkpoint) -> tuple[str, str | None]:
     """The model and revision that an adapter of a checkpoint names."""
     if checkpoint.origin.kind == "hub":
         return checkpoint.origin.name, checkpoint.origin.commit
-    return str(checkpoint.folder.resolve()), None
+    return shown_origin(checkpoint.origin).typed, None
 
 
 def record_of(case: Case, trained: Trained) -> dict[str, Any]:
     """What the manifest and the card say about the training."""
     losses = [row["loss"] for row in trained.history if "loss" in row]
     held_out = [row["eval_loss"] for row in trained.history if "eval_loss" in row]
-    recipe = json.loads(json.dumps(case.recipe.record(), default=str))
+    recipe = shown_data(json.loads(json.dumps(case.recipe.record(), default=str)))
     return clean_numbers(
         {
             "recipe": {"name": case.recipe.name, "keys": recipe},
-            "base": asdict(case.checkpoint.origin),
+            "base": asdict(shown_origin(case.checkpoint.origin)),
             "steps": trained.steps,
             "seconds": round(trained.seconds, 1),
             "rows": trained.rows,

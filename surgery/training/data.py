@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.errors import BadSettings
+from surgery.errors import BadSettings, first_line
+from surgery.patient.chat import calls_tools, filled, read_turns
 
 Row = Mapping[str, Any]
-Turn = dict[str, str]
+Turn = dict[str, Any]
 
 # GSM8K marks its calculator's work like this; people do not write so.
 _CALCULATOR = re.compile(r"<<[^>]*>>")
@@ -25,10 +26,10 @@ def conversation(row: Row) -> dict[str, Any]:
     """
     has = {key for key, value in row.items() if value is not None}
     if "messages" in has:
-        turns = list(row["messages"])
+        turns = _turns(row["messages"])
         return {"prompt": turns[:-1], "completion": turns[-1:]}
     if {"prompt", "completion"} <= has:
-        return {"prompt": row["prompt"], "completion": row["completion"]}
+        return {key: _said(row[key], key) for key in ("prompt", "completion")}
     if {"chosen", "rejected"} <= has:
         pair = preference(row)
         return {"prompt": pair["prompt"], "completion": pair["chosen"]}
@@ -37,7 +38,8 @@ def conversation(row: Row) -> dict[str, Any]:
     if {"question", "response"} <= has:
         return _exchange(row["question"], row["response"], row.get("system_prompt"))
     if {"question", "answer"} <= has:
-        return _exchange(row["question"], _CALCULATOR.sub("", row["answer"]))
+        answer = _words(row["answer"], "answer")
+        return _exchange(row["question"], _CALCULATOR.sub("", answer))
     raise BadSettings(f"Rows with the columns {_columns(row)} are no conversations to train on.")
 
 
@@ -46,7 +48,7 @@ def preference(row: Row) -> dict[str, Any]:
     if row.get("chosen") is None or row.get("rejected") is None:
         raise BadSettings(f"Rows with the columns {_columns(row)} are no preferences.")
     if row.get("prompt") is not None:
-        return {key: row[key] for key in ("prompt", "chosen", "rejected")}
+        return {key: _said(row[key], key) for key in ("prompt", "chosen", "rejected")}
     chosen, rejected = _transcript(row["chosen"]), _transcript(row["rejected"])
     return {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
 
@@ -57,8 +59,9 @@ def problem(row: Row) -> dict[str, Any]:
         raise BadSettings(f"Rows with the columns {_columns(row)} are no problems with answers.")
     prompt = row.get("prompt")
     if prompt is None:
-        prompt = [{"role": "user", "content": str(row["question"])}]
-    return {"prompt": prompt, "answer": final_answer(str(row["answer"]))}
+        prompt = [{"role": "user", "content": _words(row["question"], "question")}]
+    answer = final_answer(_words(row["answer"], "answer"))
+    return {"prompt": _said(prompt, "prompt"), "answer": answer}
 
 
 SHAPES = {"sft": conversation, "dpo": preference, "grpo": problem}
@@ -83,8 +86,9 @@ def load_data(recipe: Any) -> tuple[Any, Any]:
                 script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming
             )
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise BadSettings(f"{recipe.name}: the data cannot be loaded: {first}") from error
+        raise BadSettings(
+            f"{recipe.name}: the data cannot be loaded: {first_line(error)}"
+        ) from error
     splits = [script.dataset_train_split]
     if recipe.arguments.eval_strategy != "no":
         splits.append(script.dataset_test_split)
@@ -108,14 +112,40 @@ def _mapped(rows: Any, shape: Any) -> Any:
 
 
 def _exchange(question: Any, answer: Any, system: Any = None) -> dict[str, list[Turn]]:
-    prompt = [{"role": "system", "content": str(system)}] if system else []
-    prompt.append({"role": "user", "content": str(question)})
-    return {"prompt": prompt, "completion": [{"role": "assistant", "content": str(answer)}]}
+    prompt = [{"role": "system", "content": _words(system, "system_prompt")}] if system else []
+    prompt.append({"role": "user", "content": _words(question, "question")})
+    completion = [{"role": "assistant", "content": _words(answer, "answer")}]
+    return {"prompt": prompt, "completion": completion}
+
+
+def _words(value: Any, column: str) -> str:
+    """The text in a column. A number is what it says; Python's repr of a list is no text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    raise BadSettings(f"The column {column} holds {type(value).__name__} instead of text.")
+
+
+def _said(value: Any, column: str) -> Any:
+    """A text, or turns that a chat template can write."""
+    return _words(value, column) if not isinstance(value, list) else _turns(value)
+
+
+def _turns(value: Any) -> list[Turn]:
+    """Turns with text as their content, as chat templates take them."""
+    turns = read_turns(value)
+    for number, turn in enumerate(turns, 1):
+        if turn["content"] is None and not calls_tools(turn):
+            raise BadSettings(
+                f"Turn {number} of a conversation has neither content nor tool calls."
+            )
+    return filled(turns)
 
 
 def _transcript(text: Any) -> list[Turn]:
     if not isinstance(text, str):
-        return list(text)
+        return _turns(text)
     parts = _TURN.split(text)[1:]
     roles = {"Human": "user", "Assistant": "assistant"}
     turns = [

@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from surgery.files.checkpoint import Origin, open_checkpoint
-from surgery.files.generated import LOSS_FIGURE
+from surgery.files.generated import LOSS_FIGURE, MANIFEST
 from surgery.files.staging import put, remove_stale, sync_tree
 from surgery.models.names import StoredNames
 from surgery.outputs.base import Request
 from surgery.outputs.checks import Check, Verification, verify_masked
 from surgery.outputs.folder import Folder
+from surgery.outputs.manifest import read_manifest
 from surgery.outputs.operation import decide
 from surgery.outputs.pipeline import Conversion, carry_out
+from surgery.outputs.places import remember
 from surgery.outputs.plan import Plan
 from surgery.patient.patient import Patient
 from surgery.patient.source import resolve
@@ -45,6 +47,11 @@ class Products:
     places: Mapping[str, Path | None]
     record: dict[str, Any]
     verification: Verification
+
+
+def own_base(output: Path) -> str:
+    """The name of the folded base beside an adapter, seen from the folder of the output."""
+    return f"{output.name}/{BASE}"
 
 
 class _Within(Reporter):
@@ -105,6 +112,9 @@ class _Finishing:
         places = {name: self._put(name) for name in (BASE, ADAPTER, MODEL)}
         if drawn:
             os.replace(figure, case.output / "loss.png")
+        for name in (BASE, MODEL):
+            if places[name] is not None and (case.output / name / MANIFEST).is_file():
+                remember(read_manifest(case.output / name), case.checkpoint, None)
         write_json(case.work / "record.json", record)
         return Products(places, record, verification)
 
@@ -163,8 +173,9 @@ class _Finishing:
         settings = replace(
             case.settings, scope=treatment.fold_scope, layer=treatment.layer, check=check
         )
+        base = case.checkpoint
         checkpoint = replace(
-            resolve(str(source), None, reporter.say), origin=case.checkpoint.origin
+            resolve(str(source), None, reporter.say), origin=base.origin, left_out=base.left_out
         )
         kind = Folder()
         kind.accept(Request(checkpoint, settings, output, overwrite=False))
@@ -201,7 +212,7 @@ class _Finishing:
             self.reporter.say("Folding the base that the adapter belongs to")
             # What counts was measured on the merged model, and the adapter is compared with that.
             self._fold(case.checkpoint.folder, part / BASE, SILENT, check=False)
-            base, revision = str(case.output / BASE), None
+            base, revision = own_base(case.output), None
         write_adapter(part / ADAPTER, updates, base, revision)
 
 

@@ -16,6 +16,7 @@ from typing import Any, get_type_hints
 
 from surgery.errors import BadSettings, SurgeryError
 from surgery.files import plain_yaml
+from surgery.files.paths import expanded
 from surgery.files.text import read_json, read_text
 from surgery.models.loading import quiet
 from surgery.outputs.treatment import BLOCK, Treatment
@@ -199,7 +200,7 @@ def _parse(kinds: tuple[Any, ...], keys: dict[str, Any], name: str) -> tuple[Any
         value = keys.get(key)
         if value is not None and not isinstance(value, dict) and not str(value).startswith("{"):
             try:
-                keys[key] = read_json(Path(str(value)))  # a number is no open file's either
+                keys[key] = read_json(expanded(str(value)))  # a number is no open file's either
             except SurgeryError as error:
                 raise BadSettings(f"{name}: {key}: {error}") from error
     parser = Parser(kinds)

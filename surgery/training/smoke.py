@@ -12,9 +12,9 @@ from typing import Any
 
 from filelock import FileLock
 
-from surgery.files.checkpoint import INDEX, SINGLE
 from surgery.files.safetensors_file import write_safetensors
 from surgery.files.text import read_json, write_text
+from surgery.files.weights import INDEX, SINGLE
 from surgery.outputs.treatment import BLOCK
 from surgery.patient.cache import cache_folder
 from surgery.patient.source import resolve

@@ -142,7 +142,8 @@ def add_training(
             training=record,
             verification=Verification(tuple(checks)).as_dict(),
         )
-        card = render_card(manifest, metadata, figure=(folder / FIGURE).is_file())
+        drawn = (folder / FIGURE).is_file()
+        card = render_card(manifest, metadata, figure=drawn, loss_figure=figure is not None)
         write_text(folder / CARD, card)
         known = [file for file in manifest.files if file.name != CARD]
         names = [CARD, *([LOSS_FIGURE] if figure is not None else [])]
@@ -161,7 +162,8 @@ def plain_card(
 
     origin = record["base"]
     adapter = (folder / "adapter_config.json").is_file()
-    metadata = {key: base[key] for key in ("license", "language") if key in base}
+    known = ("license", "license_name", "license_link", "language")
+    metadata = {key: base[key] for key in known if key in base}
     name = (origin.get("note") or origin["name"]).split(" ", 1)[0]
     if "/" in name:
         metadata["base_model"] = name

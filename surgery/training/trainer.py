@@ -21,11 +21,9 @@ from surgery.method.mask import Mask
 from surgery.models.anatomy import Anatomy
 from surgery.models.gated_attention import GATE, add_gates, gated
 from surgery.models.loading import (
-    auto_class,
-    load_config,
     load_tokenizer,
     quiet,
-    refuse_remote_code,
+    stock_model,
 )
 from surgery.models.masking import wemask
 from surgery.models.names import StoredNames
@@ -33,6 +31,7 @@ from surgery.reporter import Reporter
 from surgery.training.data import load_data
 from surgery.training.lora import closed
 from surgery.training.recipe import Recipe, in_a_line
+from surgery.training.tokens import check_tokens
 
 # The figures of the mask, by the names they have in logs and trackers.
 ENERGY = "mask_energy"
@@ -154,6 +153,7 @@ def train(
             trainer = _trainer(
                 recipe, model, tokenizer, train_rows, evaluation_rows, figures, gates
             )
+            check_tokens(trainer)
         stack.enter_context(gated(trainer.model) if gates else nullcontext())
         stack.enter_context(closed(trainer.model, closed_inputs))
         trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
@@ -214,16 +214,11 @@ _TORCH_SAVE = ("PytorchStreamWriter", "inline_container.cc", "iostream error")
 
 
 def _load(recipe: Recipe, checkpoint: Checkpoint) -> Any:
-    trusts = _trusts(recipe)
-    refuse_remote_code(checkpoint.folder, trusts)
     options: dict[str, Any] = {"dtype": recipe.model.dtype or "auto"}
     if recipe.model.attn_implementation:
         options["attn_implementation"] = recipe.model.attn_implementation
     with quiet():
-        config = load_config(checkpoint.folder, trust_remote_code=trusts)
-        return auto_class(config).from_pretrained(
-            checkpoint.folder, trust_remote_code=trusts, local_files_only=True, **options
-        )
+        return stock_model(checkpoint.folder, _trusts(recipe), **options)
 
 
 def _trusts(recipe: Recipe) -> bool:

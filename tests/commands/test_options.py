@@ -24,6 +24,7 @@ OTHERS: dict[str, Any] = {
     **{"calibration_tokens": 100, "check": False, "check_tokens": 200, "max_degradation": 5.0},
     **{"force": True, "device": "cpu", "dtype": "float64", "trust_remote_code": True},
     **{"push_to_hub": "me/it", "undo_file": True, "form": "adapter"},
+    **{"include": ("docs/*", "a file.txt")},
 }
 
 

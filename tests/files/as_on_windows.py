@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 HIDDEN = (
     *("pread", "preadv", "preadv2", "pwrite", "pwritev", "readv", "writev", "copy_file_range"),
     *("posix_fadvise", "posix_fallocate", "pathconf", "fpathconf"),
-    *("O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC", "fdatasync", "geteuid", "getuid", "sysconf"),
+    *("O_DIRECTORY", "O_NOFOLLOW", "O_CLOEXEC", "fdatasync", "geteuid", "sysconf"),
     *("sched_getaffinity", "mkfifo", "fork"),
 )
 

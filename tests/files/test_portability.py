@@ -77,14 +77,20 @@ BYTES = (
     "tests/files/test_checkpoint.py",
     "tests/outputs/test_plan_write.py",
 )
-# What is about the calls that are hidden here.
-ABOUT_THEM = "not (calls_that_copy or short_reads or write_back or umask or pipe or wrong_is)"
+# What is about the calls that are hidden here; and an interrupt while a file is patched, after which
+# the temporary folder stays for the next run to remove where an open file cannot be.
+ABOUT_THEM = (
+    "not (calls_that_copy or copying_by or short_reads or write_back or umask or pipe or wrong_is"
+    " or disk_that_fails_is_not_asked or (end_is_prompt and patching))"
+)
 
 
 @pytest.mark.full
 def test_the_tests_of_bytes() -> None:
     done = without(
-        *("-m", "pytest", "-q", "-x", "-p", "as_on_windows", "-p", "no:cacheprovider"),
+        # What is captured must be in memory: pytest removes the file of it while it is open.
+        *("-m", "pytest", "-q", "--capture=sys", "-p", "as_on_windows"),
+        *("-p", "no:cacheprovider"),
         *("-k", ABOUT_THEM, *BYTES),
     )
     assert done.returncode == 0, done.stdout[-3000:]

@@ -21,6 +21,7 @@ from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.files import checkpoint, gguf_file, safetensors_file, text
 from surgery.files.checkpoint import Checkpoint, Origin
 from surgery.files.safetensors_file import TensorEntry
+from surgery.files.weights import Weights
 from surgery.models import anatomy, families
 from surgery.outputs import card, manifest, results, treatment
 from surgery.training import recipe
@@ -99,13 +100,14 @@ def config(data: bytes) -> None:
         name: TensorEntry(name, "F32", shape, "model.safetensors", 0, 0)
         for name, shape in shapes.items()
     }
-    opened = Checkpoint(_folder(), _ORIGIN, found, ("model.safetensors",), tensors, ())
+    opened = Checkpoint(_folder(), _ORIGIN, found, _WEIGHTS, tensors, ())
     anatomy.depth_of(found)
     anatomy.width_of(found)
     anatomy.describe(opened)
 
 
 _ORIGIN = Origin("directory", "x", "x")
+_WEIGHTS = Weights("model.safetensors", ("model.safetensors",), None)
 
 
 def gguf(data: bytes) -> None:

@@ -24,7 +24,7 @@ from safetensors import safe_open
 import surgery
 from surgery.errors import BadCheckpoint, SurgeryError
 from surgery.files.checkpoint import Origin
-from surgery.files.generated import CARD, FIGURE, MANIFEST
+from surgery.files.generated import CARD, FIGURE, LOSS_FIGURE, MANIFEST
 from surgery.jobs import verify as review
 from surgery.outputs.card import (
     ADAPTER_CARD,
@@ -40,6 +40,7 @@ from surgery.outputs.manifest import (
     tool_version,
     write_manifest,
 )
+from surgery.outputs.registry import opened
 from surgery.outputs.treatment import Treatment
 from surgery.settings import Settings
 
@@ -167,23 +168,58 @@ def test_rebuilt_edits_are_the_edits(converted: Callable[..., Path], tiny: Tiny)
             np.testing.assert_array_equal(edited, written.read(edit.tensor))
 
 
-@pytest.mark.parametrize("fold", ["norm", "sink"])
-def test_no_path_of_this_machine(fold: str, tiny_copy: Tiny, tmp_path: Path, run: Run) -> None:
-    """But what the user typed: here a relative path."""
-    folder = tiny_copy()
+@pytest.mark.parametrize(
+    ("form", "typed"),
+    [
+        *(("norm", typed) for typed in ("absolute", "home", "relative", "above")),
+        *((form, "absolute") for form in ("sink", "adapter", "gguf", "gguf-adapter")),
+    ],
+)
+def test_no_path_of_this_machine(
+    form: str, typed: str, tiny_copy: Tiny, tmp_path: Path, request: Any, run: Run
+) -> None:
+    """Whatever was typed, no file that is written names it; the base is found again here."""
+    home = tmp_path / "a-home"
+    (home / "work").mkdir(parents=True)
+    if "gguf" in form:
+        from gguf_cut import LAYER
+
+        model = shutil.copy(request.getfixturevalue("small_gguf"), home / "cut.gguf")
+        more: list[Any] = ["--layer", LAYER, *(["--as", form] if form != "gguf" else [])]
+    else:
+        model = tiny_copy().rename(home / "base")
+        more = ["--as", "adapter"] if form == "adapter" else []
+    more += ["--fold", "norm" if form in ("norm", "gguf") else "sink"]
+    text = home / "words.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog by the river bank.\n" * 60)
+    start = {"absolute": f"{home}/", "home": "~/", "relative": "", "above": "../"}[typed]
+    out = tmp_path / ("out.gguf" if "gguf" in form else "out")
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder.parent)
+        patch.setenv("HOME", str(home))
+        patch.chdir(home / "work" if typed == "above" else home)
         run(
-            *("convert", folder.name, "-o", tmp_path / "out", "--fold", fold, "--quiet"),
-            *("--check-tokens", 256, "--calibration-tokens", 512),
+            *("convert", f"{start}{model.name}", "-o", out, *more, "--force", "--quiet"),
+            *("--calibration", f"{home}/words.txt" if typed == "home" else f"{start}words.txt"),
+            *("--check-tokens", 128, "--calibration-tokens", 256),
         ).ok()
-    for name in (MANIFEST, CARD):
-        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
-        assert str(tmp_path) not in text
-        assert str(Path.home()) not in text
-        assert "/tmp" not in text
-    found = raw(tmp_path / "out")
-    assert found["settings"]["model"] == found["base"]["typed"] == folder.name
+        patch.chdir(tmp_path)  # from where nothing that was typed leads to the base
+        files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file()]
+        for path in files:
+            content = path.read_bytes()
+            places = [str(tmp_path), str(Path.home()), "a-home", "/tmp/"]
+            if path.suffix in (".md", ".json"):  # anything short is somewhere in the weights
+                places += ["~/", "../"]
+            for place in places:
+                found = content.find(place.encode())
+                assert found < 0, (path.name, content[max(0, found - 80) : found + 80])
+        run("verify", out, "--quiet").ok()
+        assert run("reproduce", out, "--json").ok().json()["same"]
+    manifest = opened(out)[1]
+    assert manifest.base.typed == manifest.settings.model == model.name
+    assert manifest.settings.calibration == "words.txt"
+    model.rename(tmp_path / "elsewhere")
+    if form != "gguf":  # of which the file itself has all
+        assert "--base" in run("verify", out, "--quiet").sentence()
 
 
 @pytest.mark.parametrize(
@@ -468,6 +504,16 @@ def test_only_true_metadata_is_inherited(converted: Callable[..., Path]) -> None
         ("---\nlanguage: no\ninference: false\n---\n", {"language": "no", "inference": False}),
         ("---\nlicense: mit\ndate: 2024-13-45\n---\n", {"license": "mit", "date": "2024-13-45"}),
         ("---\nlicense: mit\n", {"license": "mit"}),
+        ("\n\n---\nlicense: mit\n---\n", {"license": "mit"}),
+        (" \t\r\n---\r\nlicense: mit\r\n---\r\n", {"license": "mit"}),
+        ("\ufeff---\nlicense: mit\n---\n", {"license": "mit"}),
+        ("\ufeff\n---\nlicense: mit\n---\n", {"license": "mit"}),
+        (
+            "---\nlicense: &l mit\nlicense_name: *l\n---\n",
+            {"license": "mit", "license_name": "mit"},
+        ),
+        ("---\nlicense: other\ntags: [a]\nlicense: mit\n---\n", {"license": "mit", "tags": ["a"]}),
+        ("---\nx: &a [1]\ny: [*a, *a]\n---\n", {"x": [1], "y": [[1], [1]]}),
     ],
 )
 def test_front_matter(text: str, expected: dict[str, Any], tmp_path: Path) -> None:
@@ -540,11 +586,13 @@ def test_figures_are_the_manifests(fold: str, converted: Callable[..., Path]) ->
 
 
 def test_the_command_of_the_card_repeats_the_conversion(
-    tiny: Tiny, tmp_path: Path, run: Run
+    tiny: Tiny, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where the base lies, whose name alone it says."""
     import shlex
 
     folder, first = tiny(), tmp_path / "first"
+    monkeypatch.chdir(folder.parent)
     words = (
         *("convert", folder, "--rate", "0.25", "--scope", "all", "--fold", "sink", "--seed", "3"),
         *("--select", "random", "--strength", "0.5", "--check-tokens", "200"),
@@ -555,7 +603,9 @@ def test_the_command_of_the_card_repeats_the_conversion(
     assert command in (first / CARD).read_text()
     program, *rest = shlex.split(command)
     assert program == "surgery"
-    run(*rest, "-o", tmp_path / "second", "--quiet").ok()
+    with pytest.MonkeyPatch.context() as patch:  # the card names no path
+        patch.chdir(folder.parent)
+        run(*rest, "-o", tmp_path / "second", "--quiet").ok()
     for path in first.iterdir():
         assert (tmp_path / "second" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -575,6 +625,38 @@ def test_no_check_is_admitted(tiny: Tiny, tmp_path: Path) -> None:
     assert "--no-check" in card
     assert not (tmp_path / "out" / FIGURE).exists()
     assert FIGURE not in card
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+def test_a_loss_figure_is_shown_where_it_is(
+    drawn: bool, converted_copy: Callable[..., Path], run: Run
+) -> None:
+    """Of a training that logged no loss there is none."""
+    folder = converted_copy()
+    (folder / MANIFEST).write_text(json.dumps({**raw(folder), "training": TRAINING}))
+    if drawn:
+        (folder / LOSS_FIGURE).write_bytes((folder / FIGURE).read_bytes())
+    run("card", folder).ok()
+    assert (LOSS_FIGURE in (folder / CARD).read_text(encoding="utf-8")) == drawn
+
+
+def test_the_returned_manifest_is_the_one_in_the_file(
+    tiny: Tiny, small_gguf: Path, tmp_path: Path
+) -> None:
+    from gguf_cut import LAYER
+
+    for form, model, more in (
+        ("checkpoint", tiny(), {}),
+        ("adapter", tiny(), {"fold": "sink"}),
+        ("gguf", small_gguf, {"layer": LAYER}),
+        ("gguf-adapter", small_gguf, {"layer": LAYER, "fold": "sink"}),
+    ):
+        out = tmp_path / (f"{form}.gguf" if "gguf" in form else form)
+        given = {"form": form} if "adapter" in form else {}
+        made = surgery.convert(str(model), output=out, force=True, **QUICK, **more, **given)
+        assert made.verification is not None
+        assert made.verification.passed
+        assert made.manifest == opened(out)[1], form
 
 
 @pytest.mark.parametrize("strength", [0.0, 0.5])

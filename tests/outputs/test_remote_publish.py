@@ -29,6 +29,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs\n# the base's own\n")
     (folder / "images").mkdir()
     (folder / "images" / "logo.png").write_bytes(b"a picture")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n![logo](images/logo.png)\n")
     return folder
 
 
@@ -66,6 +67,8 @@ def same_as_ordinary(hub: HubServer, run: Run, tmp_path: Path) -> Path:
     out = tmp_path / "out"
     run("convert", "some/model", "--layer", 3, "--no-check", "-o", out, "--quiet").ok()
     served = hub.files("me/masked")
+    # The repository's own stays: the base's does not decide what is a large file there.
+    assert "the base's own" not in served.pop(".gitattributes").read_text()
     ordinary = {path.relative_to(out).as_posix(): path for path in out.rglob("*") if path.is_file()}
     assert set(served) == set(ordinary)
     for name, path in ordinary.items():
@@ -100,8 +103,9 @@ def test_only_what_changed_travels(hub: HubServer, source: Path, run: Run, tmp_p
     # What was published proves itself, and goes back.
     run("verify", again).ok()
     run("revert", again, "-o", tmp_path / "back").ok()
-    for path in (*source.glob("*.safetensors"), source / ".gitattributes"):
-        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+    for path in (*source.glob("*.safetensors"), source / "images" / "logo.png"):
+        path = path.relative_to(source)
+        assert (tmp_path / "back" / path).read_bytes() == (source / path).read_bytes()
 
 
 def test_a_base_that_is_a_conversion(
@@ -171,14 +175,14 @@ def test_a_dry_run_sends_nothing(hub: HubServer, source: Path, run: Run, tmp_pat
         ],
         "sent": told["plan"]["sent"],
         "copied": told["plan"]["copied"],
-        "left_out": ["pytorch_model.bin"],
+        "left_out": [".gitattributes", "pytorch_model.bin"],
     }
     assert not any(request.method == "POST" for request in hub.requests)
     assert not list((tmp_path / "work").iterdir())
     plan = run(*ARGS, "--layer", 3, "--json").ok().json()["plan"]
     assert plan == told["plan"]
-    assert plan["left_out"] == ["pytorch_model.bin"]
-    generated = {"README.md", "surgery.json"}
+    assert plan["left_out"] == [".gitattributes", "pytorch_model.bin"]
+    generated = {"README.md", "surgery.json", ".gitattributes"}
     assert {*plan["sent"], *plan["copied"]} == set(hub.files("me/masked")) - generated
 
 

@@ -59,7 +59,12 @@ def test_byte_for_byte(
     folder = base(family, shards=2)
     before = snapshot(folder)
     made = surgery.convert(
-        str(folder), output=tmp_path / "out", fold=fold, undo_file=undo_file, **QUICK
+        str(folder),
+        output=tmp_path / "out",
+        fold=fold,
+        undo_file=undo_file,
+        include=("extra/*",),
+        **QUICK,
     )
     assert (made.output / UNDO).is_file() == undo_file
     if source != "base":

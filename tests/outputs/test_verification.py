@@ -252,14 +252,14 @@ def test_files_that_do_not_belong(base: Checkpoint, folder: Path) -> None:
 def test_a_card_of_the_base_may_be_replaced(tiny_copy: Tiny, tmp_path: Path) -> None:
     source = tiny_copy("llama")
     (source / "README.md").write_text("theirs")
-    (source / "a.txt").write_text("a")
+    (source / "vocab.txt").write_text("a")
     base = surgery.resolve(str(source))
     folder = tmp_path / "out"
     shutil.copytree(source, folder)
     (folder / "README.md").write_text("ours")
     assert verify_untouched(base, folder, ()).passed
-    (folder / "a.txt").write_text("b")
-    assert "a.txt differs" in failed(verify_untouched(base, folder, ()))
+    (folder / "vocab.txt").write_text("b")
+    assert "vocab.txt differs" in failed(verify_untouched(base, folder, ()))
 
 
 def test_files_against_the_manifest(folder: Path) -> None:

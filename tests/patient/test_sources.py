@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.errors import BadCheckpoint, BadSettings
-from surgery.files.checkpoint import INDEX, SINGLE
 from surgery.files.digests import file_sha256
+from surgery.files.weights import INDEX, SINGLE
 from surgery.patient.cache import cache_folder
 from surgery.patient.source import resolve
 
@@ -107,7 +107,7 @@ def test_adapters_are_refused_by_name(tmp_path: Path) -> None:
     for weights in (None, "adapter_model.bin", "adapter_model.safetensors"):
         if weights is not None:
             (folder / weights).write_bytes(b"")
-        with pytest.raises(BadCheckpoint, match="PEFT adapter; merge it"):
+        with pytest.raises(BadCheckpoint, match=r"PEFT adapter for .*; merge it"):
             resolve(str(folder))
 
 
@@ -115,7 +115,10 @@ def test_adapters_beside_a_whole_model_do_not_matter(tiny_copy: Tiny) -> None:
     folder = tiny_copy()
     (folder / "adapter_config.json").write_text("{}")
     (folder / "adapter_model.safetensors").write_bytes(b"")
-    assert resolve(str(folder)).left_out == ("adapter_model.safetensors",)
+    said: list[str] = []
+    found = resolve(str(folder), say=said.append)
+    assert found.left_out == ("adapter_config.json", "adapter_model.safetensors")
+    assert ["whose adapter is no part" in sentence for sentence in said] == [True]
 
 
 # --------------------------------------------------------------------------------------------
