@@ -208,7 +208,7 @@ def test_a_manifest_that_names_what_has_no_end(
     for named in (*map(str, endless), "\0"):
         manifest["settings"]["calibration"] = named
         (output / "surgery.json").write_text(json.dumps(manifest))
-        assert "cannot be read" in run("reproduce", output).sentence()
+        assert "cannot be read" in run("reproduce", output, "--base", tiny()).sentence()
 
 
 def test_a_text_without_measure(tmp_path: Path, tiny: Tiny, run: Run) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from surgery.errors import BadCheckpoint
 from surgery.files.generated import CARD
 
 _LARGEST = 4 * 1024 * 1024
@@ -50,7 +51,10 @@ def _text(folder: Path, name: str) -> str:
     path = folder / name
     if not path.is_file() or path.stat().st_size > _LARGEST:
         return ""
-    return path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _json(folder: Path, name: str) -> Any:

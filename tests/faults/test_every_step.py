@@ -131,8 +131,8 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("what", "overwrite", "size"),
     [
-        ("killed", False, FEW),
-        ("killed", True, FEW),
+        ("killed", False, 30),
+        ("killed", True, 14),
         *(
             pytest.param(what, overwrite, None, marks=full)
             for what in ("killed", "no space", "interrupted")
