@@ -679,7 +679,7 @@ def test_one_of_three_workers_dies(
 ) -> None:
     """The others take over the point at which it died."""
     monkeypatch.setattr(queue, "HEARTBEAT", 1)
-    monkeypatch.setattr(queue, "GRACE", 3)
+    monkeypatch.setattr(queue, "GRACE", 6)
     options = {**FEW, "selects": ("weight",)}
     dead = deadly(monkeypatch, tmp_path / "workers", workers=3)
     url = f"sqlite:///{tmp_path / 'shared.db'}"
