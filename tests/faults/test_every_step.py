@@ -132,7 +132,6 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("what", "overwrite", "size"),
     [
         ("killed", False, 30),
-        ("killed", True, 14),
         *(
             pytest.param(what, overwrite, None, marks=full)
             for what in ("killed", "no space", "interrupted")

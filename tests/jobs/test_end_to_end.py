@@ -233,6 +233,7 @@ def options_of(fold: str, scope: str) -> dict:
 
 @pytest.mark.whole
 @needs_wikitext
+@pytest.mark.full
 def test_a_ruinous_conversion_is_refused(tmp_path: Path) -> None:
     with pytest.raises(surgery.SurgeryError, match=r"--fold sink measures .*--force") as caught:
         surgery.convert(

@@ -168,7 +168,7 @@ def test_shipped_recipes_are_planned(
 # One recipe per method, and the gates. One of them trains what `--smoke` trains, the cut of the
 # demo model; the others a tiny model of as many layers. In a full run all recipes train the cut.
 OFTEN = {
-    "sft_math": "demo",
+    "sft_math": "tiny",
     "dpo_safety": "tiny",
     "grpo_math": "tiny",
     "sft_gated_attention": "tiny",
