@@ -58,9 +58,11 @@ class Settings:
         check: whether to trace, measure and compare logits.
         check_tokens: tokens the quality gate measures on.
         max_degradation: allowed rise of perplexity over base, as a share.
+        fixed: whether to measure all of these tokens even where fewer decide.
         force: whether to write despite the quality gate.
         device: of the analysis.
         dtype: of the analysis.
+        stream: whether the model runs layer by layer from its files; None for what suits its size.
         trust_remote_code: whether the checkpoint's own Python code may run.
         push_to_hub: repository to upload to afterwards.
         undo_file: whether to keep what the edits overwrite beside the weights.
@@ -91,14 +93,21 @@ class Settings:
     calibration: str | None = option(
         None, "Text or JSONL in place of the bundled prompts.", metavar="FILE"
     )
-    calibration_tokens: int = option(4096, "Tokens that --fold sink and --select activation see.")
+    calibration_tokens: int = option(6144, "Tokens that --fold sink and --select activation see.")
     check: bool = option(True, "Skip trace, quality gate and logit comparison.", name="--no-check")
-    check_tokens: int = option(4096, "Tokens the gate measures on.")
+    check_tokens: int = option(4096, "Tokens the gate measures on, at most.")
+    fixed: bool = option(False, "Measure on all --check-tokens, even where fewer decide.")
     max_degradation: float = option(0.1, "Allowed rise of perplexity over base, as a share.")
     force: bool = option(False, "Write despite the quality gate; the card says so.")
     device: str | None = option(None, "Of the analysis, such as cpu or cuda:0.  [default: best]")
     dtype: str = option(
         "float32", "Of the analysis; the written dtype is the source's.", choices=DTYPES
+    )
+    stream: bool | None = option(
+        None,
+        "Run layer by layer from the files, or load the model whole.  [default: load what takes at "
+        "most a third of the memory]",
+        name="--stream/--load",
     )
     trust_remote_code: bool = option(False, "Run the checkpoint's own Python code. Read it first.")
     push_to_hub: str | None = option(None, "Upload afterwards (private).", metavar="REPO")
@@ -160,6 +169,7 @@ class Settings:
             self.trust_remote_code,
             self.calibration,
             self.calibration_tokens,
+            self.stream,
         )
 
     @property
@@ -188,6 +198,7 @@ class Settings:
         kept["layers"] = list(self.layers) if self.layers is not None else None
         kept["include"] = list(self.include)
         kept.pop("device")
+        kept.pop("stream")
         return kept
 
     def check_layers(self, depth: int) -> None:

@@ -19,7 +19,8 @@ from surgery.commands.options import LOADING, UserPath, output_options, settings
     type=UserPath(path_type=Path),
     help="Folder to write, or .gguf file if MODEL is one.  [default: ./<name>-wemask-<settings>]",
 )
-@settings(*LOADING, "seed", "check", "check_tokens", "calibration_tokens", "max_degradation")
+@settings(*LOADING, "stream", "seed", "check", "check_tokens", "fixed", "calibration_tokens")
+@settings("max_degradation")
 @settings("force", "undo_file", "include")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier conversion at the output.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")

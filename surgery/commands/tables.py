@@ -41,7 +41,9 @@ def tables(result: Any) -> Iterator[RenderableType]:
     a plan is shown without.
     """
     quality: Quality = result
-    table = titled(f"Quality on {quality.tokens} held-out tokens")
+    table = titled(
+        f"Quality on {quality.tokens} held-out tokens, in sequences of up to {quality.longest}"
+    )
     table.add_column("model")
     for heading in ("perplexity", "against base", "KL(reference ‖ ·)", "KL(base ‖ ·)"):
         table.add_column(heading, justify="right")
@@ -54,6 +56,23 @@ def tables(result: Any) -> Iterator[RenderableType]:
             short(row.kl_from_base),
         )
     yield table
+    yield from _fold_in_words(quality)
+
+
+def _fold_in_words(quality: Quality) -> Iterator[RenderableType]:
+    """The interval that the gate judges by, and where the fold differs from its reference."""
+    interval, found = quality.interval, quality.positions
+    if interval.low is not None and interval.high is not None:
+        end = "which decides" if interval.decided else "which decides nothing at the limit"
+        yield Text(
+            f"Loss of the fold against base: {interval.difference:+.4f} nats per token, 95 % "
+            f"interval {interval.low:+.4f} to {interval.high:+.4f}, {end}"
+        )
+    late = "" if found.late is None else f", {short(found.late)} beyond"
+    yield Text(
+        f"KL(reference ‖ folded): {short(found.early)} on the first 256 positions{late}; largest "
+        f"{short(found.largest)} at position {found.largest_at} ({found.largest_token!r})"
+    )
 
 
 @tables.register(Emergence)

@@ -25,12 +25,25 @@ class Leak:
         ordinary_largest: largest |v·x| over ordinary tokens.
         sink_smallest: smallest v·x over first tokens.
         tokens: number of ordinary tokens.
+        late_rms: as `ordinary_rms`, over those from position 256 on; None where there are none.
+        secondary_rms: as `ordinary_rms`, over secondary sinks; 0 where there are none.
+        secondary_largest: as `ordinary_largest`, likewise.
+        secondary_tokens: number of secondary sinks.
+        plain: root mean square over all tokens but the first, of calibration text kept back, of
+            the detector without a null on secondary sinks.
+        null: the same with one; None where none was tried.
     """
 
     ordinary_rms: float
     ordinary_largest: float
     sink_smallest: float
     tokens: int
+    late_rms: float | None = None
+    secondary_rms: float = 0.0
+    secondary_largest: float = 0.0
+    secondary_tokens: int = 0
+    plain: float | None = None
+    null: float | None = None
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
 """The sink direction of each target layer, measured on calibration text.
 
-All target layers are calibrated in one forward pass: when the batch reaches a target layer's
-attention, its sink direction is computed from the attention input at hand and the layer's weights
-are edited on the spot, so every later layer sees the model edited so far.
+All target layers are calibrated on one journey: when the streams reach a target layer, its sink
+direction is computed from the attention input at hand and the layer's weights are edited on the
+spot, so every later layer sees the model edited so far.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,191 +20,259 @@ from numpy.typing import NDArray
 from surgery.errors import NoEmergence
 from surgery.files.checkpoint import Checkpoint
 from surgery.folds.base import Calibration, Leak
-from surgery.folds.editing import set_parameter
+from surgery.folds.editing import EditedWeights
 from surgery.folds.edits import SinkDirection
 from surgery.folds.rank_one import rank_one_edits
 from surgery.method.algebra import detector
 from surgery.method.locate import STANDS_OUT
 from surgery.method.mask import Mask
-from surgery.models.anatomy import Anatomy
-from surgery.models.discovery import backbone, decoder_layers
-from surgery.models.observe import device_of, hooked, pad, reading, reading_attention, residual
+from surgery.models.ground import Ground
+from surgery.models.journey import Stream
 
 if TYPE_CHECKING:
     from surgery.patient.patient import Patient
 
+logger = logging.getLogger(__name__)
+
 # Share of Σ's mean eigenvalue added to its diagonal: enough to keep the solution stable when
 # there are fewer calibration tokens than dimensions, too little to blur the detector.
 RIDGE = 1e-3
+# A token is a secondary sink where its norm is at least this share of the sink's own: the rule by
+# which an emergence counts as lasting. Beside a layer-0 emergence a multiple of the median would
+# catch hundreds of ordinary tokens.
+SECONDARY = 0.5
+# Tokens are kept back in runs of this many positions, one run of four: neighbours are alike.
+_RUN = 32
+# Positions before this one are early; what is measured is told for both.
+EARLY = 256
+# Fewer secondary sinks than this say too little of their direction.
+_FEWEST = 4
+
+Array64 = NDArray[np.float64]
 
 
 def calibrate(patient: Patient, mask: Mask) -> Calibration:
     """The sink direction of every target layer, in order, on the patient's calibration text."""
-    sequences = patient.calibration()
+    sequences = patient.calibration_mixture().sequences
     with patient.reporter.bar("Calibrating the sink direction", len(mask.layers)) as advance:
         return Calibration(
-            *sink_directions(
-                patient.model, patient.anatomy, patient.plain, mask, sequences, progress=advance
-            )
+            *sink_directions(patient.ground, patient.plain, mask, sequences, progress=advance)
         )
 
 
-class _Done(Exception):
-    """Ends the forward pass once the last target layer is calibrated."""
+@dataclass(frozen=True)
+class Tokens:
+    """The attention input of one layer, token by token, float64.
 
+    Attributes:
+        first: of the sequences' first tokens, [sequences, D].
+        others: of all others that are no padding, [tokens, D].
+        secondary: which of the others are secondary sinks, bool [tokens].
+        kept_back: which of the others no detector is made from, where two are compared, likewise.
+        positions: of the others in their sequences, [tokens].
+    """
 
-@dataclass
-class _Pass:
-    """What the forward pass finds: which tokens are sinks, then a direction per layer."""
-
-    real: torch.Tensor
-    massive: torch.Tensor | None
-    directions: dict[int, SinkDirection]
-    leaks: dict[int, Leak]
+    first: Array64
+    others: Array64
+    secondary: NDArray[np.bool_]
+    kept_back: NDArray[np.bool_]
+    positions: NDArray[np.int64]
 
 
 def sink_directions(
-    model: Any,
-    anatomy: Anatomy,
+    ground: Ground,
     checkpoint: Checkpoint,
     mask: Mask,
     sequences: Sequence[Sequence[int]],
     *,
+    start: Stream | None = None,
     ridge: float = RIDGE,
     progress: Callable[[int], None] = lambda _done: None,
 ) -> tuple[dict[int, SinkDirection], dict[int, Leak]]:
     """Directions for the `sink` fold and their leak on the calibration text, by target layer.
 
-    sequences: token ids, each beginning like a prompt. The model's weights are restored. Raises
-    NoEmergence when the first token does not stand out at the first target layer, because a
-    detector for an ordinary token would answer to all others too.
+    Args:
+        ground: the model; its weights are restored.
+        checkpoint: of it, in floating point.
+        mask: S of each target layer.
+        sequences: token ids, each beginning like a prompt.
+        start: what `towards` gave for these sequences, when it is known.
+        ridge: as `method.algebra.detector` takes it.
+        progress: called with 1 after each target layer.
+
+    Raises:
+        NoEmergence: when the first token does not stand out at the first target layer, because a
+            detector for an ordinary token would answer to all others too.
     """
-    ids, real = pad(sequences)
-    device = device_of(model)
-    state = _Pass(real.bool(), None, {}, {})
-    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def classify(states: torch.Tensor) -> None:
-        state.massive = massive_tokens(residual(states), state.real)
-
-    def at_layer(layer: int, inputs: torch.Tensor) -> None:
-        _calibrate(state, mask, layer, inputs, ridge)
-        for edit in rank_one_edits(anatomy, mask, layer, state.directions[layer]):
-            parameter = model.get_parameter(edit.parameter)
-            saved.append((parameter, parameter.detach().clone()))
-            dtype = checkpoint.tensors[edit.tensor].dtype
-            set_parameter(parameter, edit.apply(checkpoint.read(edit.tensor), dtype))
-        progress(1)
-        if layer == mask.layers[-1]:
-            raise _Done
-
-    handles = [
-        reading(decoder_layers(model, anatomy)[mask.layers[0]], classify),
-        *reading_attention(model, anatomy, mask.layers, at_layer),
-    ]
-    try:
-        with hooked(handles), torch.inference_mode():
-            backbone(model, anatomy)(
-                input_ids=ids.to(device), attention_mask=real.to(device), use_cache=False
-            )
-    except _Done:
-        pass
-    finally:
-        with torch.no_grad():
-            for parameter, original in saved:
-                parameter.copy_(original)
-    return state.directions, state.leaks
+    stream = towards(ground, sequences, mask.layers[0]) if start is None else start.fork()
+    require_massive(stream)
+    directions: dict[int, SinkDirection] = {}
+    leaks: dict[int, Leak] = {}
+    for index in range(mask.layers[0], mask.layers[-1] + 1):
+        with ground.layer(index) as layer:
+            edits = ()
+            if index in mask.layers:
+                tokens = tokens_at(stream, index, layer)
+                directions[index], leaks[index] = direction(tokens, mask.dimensions[index], ridge)
+                progress(1)
+                edits = tuple(rank_one_edits(ground.anatomy, mask, index, directions[index]))
+            if index < mask.layers[-1]:
+                weights = EditedWeights(ground.model, checkpoint, edits)
+                with weights.active() if edits else nullcontext():
+                    stream.step(index, layer)
+    return directions, leaks
 
 
-def massive_tokens(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Tokens of the sink class, bool [B, T]: massive in the residual stream [B, T, D].
+def towards(ground: Ground, sequences: Sequence[Sequence[int]], layer: int) -> Stream:
+    """The streams of some sequences at the input of a layer."""
+    ground.prepare(sequences)
+    stream = Stream.board(ground, sequences)
+    for index in range(layer):
+        with ground.layer(index) as module:
+            stream.step(index, module)
+    return stream
 
-    A delimiter that has become a second sink belongs here, not among the ordinary tokens. Raises
-    NoEmergence where the first tokens are not massive themselves.
-    """
-    massive = stands_out(states, real.cpu())
-    standing_out = massive[:, 0].double().mean().item()
-    if standing_out < 0.5:
+
+def require_massive(stream: Stream) -> None:
+    """Raise NoEmergence where the first tokens are not massive in the residual stream."""
+    found: list[bool] = []
+    for batch, states in zip(stream.batches, stream.states, strict=True):
+        norms = states.float().norm(dim=-1)
+        others = norms[batch.real]
+        found += (norms[:, 0] >= STANDS_OUT * others.median()).tolist()
+    share = sum(found) / len(found)
+    if share < 0.5:
         raise NoEmergence(
             "the first token is not massive at the input of the first target layer (it stands out "
-            f"in {standing_out:.0%} of the calibration sequences), so --fold sink has no direction "
+            f"in {share:.0%} of the calibration sequences), so --fold sink has no direction "
             "to detect it by; check --layer, or use --fold norm."
         )
-    massive[:, 0] = True
-    return massive
 
 
-def stands_out(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """Tokens whose norm is far above the median, bool [B, T]; states: [B, T, D]."""
-    norms = states.detach().float().norm(dim=-1).cpu()
-    return (norms >= STANDS_OUT * norms[real].median()) & real
+def secondary_sinks(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """Tokens that are nearly as massive as the sink, bool [B, T]; states: [B, T, D].
+
+    They are massive, too: where the sink has faded, as in some models' last layers, half of its
+    norm is nothing that stands out.
+    """
+    norms = states.float().norm(dim=-1)
+    found = (norms >= SECONDARY * norms[:, :1]) & (norms >= STANDS_OUT * norms[real].median())
+    found &= real
+    found[:, 0] = False
+    return found
 
 
-def _calibrate(state: _Pass, mask: Mask, layer: int, inputs: torch.Tensor, ridge: float) -> None:
-    assert state.massive is not None
-    x = inputs.detach().double().cpu()
-    first = x[:, 0]
-    ordinary = x[state.real & ~state.massive]
-    center = first.mean(0)
-    second_moment = (ordinary.T @ ordinary / max(1, len(ordinary))).numpy()
-    v = detector(center.numpy(), second_moment, ridge).astype(np.float32)
-    chosen = list(mask.dimensions[layer])
-    state.directions[layer] = SinkDirection(center.numpy()[chosen].astype(np.float32), v)
-    state.leaks[layer] = leak(ordinary.numpy() @ v, first.numpy() @ v)
-
-
-def leak(ordinary: NDArray[np.floating], first: NDArray[np.floating]) -> Leak:
-    """The leak of a detector from its answers v·x."""
-    return Leak(
-        ordinary_rms=float(np.sqrt(np.mean(np.square(ordinary)))) if ordinary.size else 0.0,
-        ordinary_largest=float(np.abs(ordinary).max()) if ordinary.size else 0.0,
-        sink_smallest=float(first.min()),
-        tokens=int(ordinary.size),
+def tokens_at(stream: Stream, index: int, layer: torch.nn.Module) -> Tokens:
+    """A layer's attention input on all sequences of a stream, by kind of token."""
+    inputs = stream.attention_inputs(index, layer)
+    parts = []
+    for batch, states, x in zip(stream.batches, stream.states, inputs, strict=True):
+        others = batch.real.clone()
+        others[:, 0] = False
+        positions = torch.arange(x.shape[1], device=x.device).expand_as(others)[others]
+        wide = x.detach().double()
+        parts.append(
+            Tokens(
+                wide[:, 0].cpu().numpy(),
+                wide[others].cpu().numpy(),
+                secondary_sinks(states, batch.real)[others].cpu().numpy(),
+                (positions // _RUN % 4 == 3).cpu().numpy(),
+                positions.cpu().numpy(),
+            )
+        )
+    return Tokens(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("first", "others", "secondary", "kept_back", "positions")
+        )
     )
 
 
-class LeakWatcher:
-    """Collects the detectors' answers v·x while an edited model runs on text."""
+def direction(
+    tokens: Tokens, dimensions: Sequence[int], ridge: float = RIDGE
+) -> tuple[SinkDirection, Leak]:
+    """The sink direction of one layer, and its leak on the tokens that it is made from.
 
-    def __init__(self, model: Any, anatomy: Anatomy, sinks: Mapping[int, SinkDirection]) -> None:
-        self._model, self._anatomy, self._sinks = model, anatomy, sinks
-        self._ordinary: dict[int, list[NDArray[np.float64]]] = {layer: [] for layer in sinks}
-        self._first: dict[int, list[NDArray[np.float64]]] = {layer: [] for layer in sinks}
+    Where there are secondary sinks, a detector with a null on them and one that takes them for
+    ordinary tokens are made from three quarters of the tokens, and the one that answers less to
+    the last quarter is made again from all.
+    """
+    center = tokens.first.mean(0)
+    plain = null = None
+    nulled = False
+    if tokens.secondary.sum() >= _FEWEST:
+        fitted, kept = ~tokens.kept_back, tokens.others[tokens.kept_back]
+        plain = _rms(kept @ _detector(tokens, center, fitted, ridge, nulled=False))
+        if (tokens.secondary & fitted).any():
+            null = _rms(kept @ _detector(tokens, center, fitted, ridge, nulled=True))
+            nulled = null < plain
+    everything = np.ones(len(tokens.others), dtype=bool)
+    v = _detector(tokens, center, everything, ridge, nulled=nulled).astype(np.float32)
+    found = SinkDirection(center[list(dimensions)].astype(np.float32), v)
+    return found, replace(Answers.of(tokens, v).leak, plain=plain, null=null)
 
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Record the forward passes of this block, given with a 2-D attention mask."""
-        if not self._sinks:
-            yield
-            return
-        state: dict[str, torch.Tensor] = {}
 
-        def begin(_module: Any, _args: tuple, kwargs: dict) -> None:
-            state["real"] = kwargs["attention_mask"].bool().cpu()
+def _detector(
+    tokens: Tokens, center: Array64, chosen: NDArray[np.bool_], ridge: float, *, nulled: bool
+) -> Array64:
+    ordinary = tokens.others[chosen & ~tokens.secondary] if nulled else tokens.others[chosen]
+    second_moment = ordinary.T @ ordinary / max(1, len(ordinary))
+    null = tokens.others[chosen & tokens.secondary].mean(0) if nulled else None
+    return detector(center, second_moment, ridge, null)
 
-        def classify(states: torch.Tensor) -> None:
-            state["massive"] = stands_out(residual(states), state["real"])
 
-        def answer(layer: int, inputs: torch.Tensor) -> None:
-            x = inputs.detach().double().cpu()
-            answers = x @ torch.from_numpy(self._sinks[layer].detector).double()
-            ordinary = state["real"] & ~state["massive"]
-            ordinary[:, 0] = False
-            self._ordinary[layer].append(answers[ordinary].numpy())
-            self._first[layer].append(answers[:, 0].numpy())
+@dataclass(frozen=True)
+class Answers:
+    """What a detector answers, v·x, token by token.
 
-        first = decoder_layers(self._model, self._anatomy)[min(self._sinks)]
-        handles = [
-            self._model.register_forward_pre_hook(begin, with_kwargs=True),
-            reading(first, classify),
-            *reading_attention(self._model, self._anatomy, list(self._sinks), answer),
-        ]
-        with hooked(handles):
-            yield
+    Attributes:
+        first: to first tokens.
+        ordinary: to ordinary ones.
+        late: which of the ordinary ones stand at position `EARLY` or later.
+        secondary: to secondary sinks.
+    """
 
-    def leaks(self) -> dict[int, Leak]:
-        """The leak of each detector on everything that was watched."""
-        return {
-            layer: leak(np.concatenate(self._ordinary[layer]), np.concatenate(self._first[layer]))
-            for layer in self._sinks
-        }
+    first: Array64
+    ordinary: Array64
+    late: NDArray[np.bool_]
+    secondary: Array64
+
+    @classmethod
+    def of(cls, tokens: Tokens, v: NDArray[np.floating]) -> Answers:
+        """A detector's answers to some tokens."""
+        wide = v.astype(np.float64)
+        answers, ordinary = tokens.others @ wide, ~tokens.secondary
+        return cls(
+            tokens.first @ wide,
+            answers[ordinary],
+            tokens.positions[ordinary] >= EARLY,
+            answers[tokens.secondary],
+        )
+
+    @classmethod
+    def together(cls, parts: Sequence[Answers]) -> Answers:
+        """Answers to several texts as one."""
+        names = ("first", "ordinary", "late", "secondary")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+    @property
+    def leak(self) -> Leak:
+        """The leak that they show."""
+        return Leak(
+            ordinary_rms=_rms(self.ordinary),
+            ordinary_largest=_largest(self.ordinary),
+            sink_smallest=float(self.first.min()),
+            tokens=int(self.ordinary.size),
+            late_rms=_rms(self.ordinary[self.late]) if self.late.any() else None,
+            secondary_rms=_rms(self.secondary),
+            secondary_largest=_largest(self.secondary),
+            secondary_tokens=int(self.secondary.size),
+        )
+
+
+def _rms(answers: Array64) -> float:
+    return float(np.sqrt(np.mean(np.square(answers)))) if answers.size else 0.0
+
+
+def _largest(answers: Array64) -> float:
+    return float(np.abs(answers).max()) if answers.size else 0.0

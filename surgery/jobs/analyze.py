@@ -90,7 +90,7 @@ def analyze(
     checkpoint = (resolve if whole else resolve_light)(model, revision, reporter.say)
     patient = Patient(checkpoint, settings.loading, reporter)
     plain, anatomy = patient.plain, patient.anatomy
-    large = stream is None and plain.size > STREAM_ABOVE
+    large = stream is None and (plain.size > STREAM_ABOVE or (not whole and patient.streams))
     if stream or large or (not whole and (all_layers or plain.remote is not None)):
         streamed = stream_model(patient, all_layers=all_layers or evidence)
         if not evidence:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 from surgery.errors import QualityGate, SurgeryError
 from surgery.folds.base import Calibration, Fold
-from surgery.folds.calibrate import LeakWatcher
-from surgery.folds.editing import EditedWeights
 from surgery.folds.edits import Edit
 from surgery.folds.registry import FOLDS
-from surgery.measure.logits import Context
-from surgery.measure.quality import Measured, Quality, measure, require_quality
+from surgery.measure.quality import Measured, Quality, require_quality, summary
+from surgery.measure.stopping import look, looks
+from surgery.measure.trial import Edited, Trial, run_trial
 from surgery.method.mask import Mask
-from surgery.models.masking import wemask
+from surgery.patient.mixture import alternating
 from surgery.patient.patient import Patient
 from surgery.settings import Settings
 
@@ -28,40 +28,61 @@ def measure_fold(
     mask: Mask,
     edits: Sequence[Edit],
     calibration: Calibration,
-    tokens: int,
+    settings: Settings,
 ) -> tuple[Quality, Calibration]:
     """What edits do to a patient on held-out text, and the calibration with its leak there.
+
+    The text is measured until it is clear on which side of the limit the fold lies, or to its end
+    (`measure.stopping`).
 
     Args:
         patient: whose weights are edited, in memory.
         mask: of the reference.
         edits: of the fold.
         calibration: of the fold.
-        tokens: of text, at most about.
+        settings: how much text at most, and the limit.
     """
-    model = patient.model
-    sequences = patient.held_out(tokens)
-    watcher = LeakWatcher(model, patient.anatomy, calibration.directions)
-    weights = EditedWeights(model, patient.plain, edits)
-
-    @contextmanager
-    def folded() -> Iterator[None]:
-        with weights.active(), watcher.watch():
-            yield
-
-    reference = partial(wemask, model, mask, anatomy=patient.anatomy)
-    variants: dict[str, Context] = {
-        "base": nullcontext, "reference": reference, "folded": folded
-    }  # fmt: skip
-    total = sum(len(sequence) for sequence in sequences)
-    with patient.reporter.bar("Measuring base, reference and fold", total) as advance:
-        quality = measure(
-            model, patient.anatomy, sequences, min(mask.layers), variants, progress=advance
-        )
+    fold, limit = settings.fold_used, math.log1p(settings.max_degradation)
+    sequences = text_for(patient, fold, settings.check_tokens)
+    lengths = [len(sequence) for sequence in sequences]
+    ends = [len(sequences)] if settings.fixed else looks(lengths)
+    edited = Edited(patient.plain, mask, edits, calibration.directions)
+    trial, found = Trial(), None
+    work = sum(lengths) * patient.anatomy.depth
+    with patient.reporter.bar("Measuring base, reference and fold", work) as advance:
+        for begin, end in pairwise([0, *ends]):
+            trial += run_trial(patient.ground, edited, sequences[begin:end], progress=advance)
+            losses = [[one.losses[name] for one in trial.sequences] for name in ("base", "folded")]
+            found = look(losses[0], losses[1], len(ends))
+            if found.decides(limit):
+                break
+    assert found is not None
+    quality = summary(trial, found, len(ends), limit, patient.tokenizer)
     logger.info(
-        "perplexity of the fold: %+.2f %% against base", 100 * quality["folded"].against_base
+        "perplexity of the fold: %+.2f %% against base on %d tokens",
+        100 * quality["folded"].against_base,
+        quality.tokens,
     )
-    return quality, Calibration(calibration.directions, watcher.leaks())
+    leaks = {
+        layer: replace(
+            answers.leak,
+            plain=calibration.leaks[layer].plain if layer in calibration.leaks else None,
+            null=calibration.leaks[layer].null if layer in calibration.leaks else None,
+        )
+        for layer, answers in trial.answers.items()
+    }
+    return quality, Calibration(calibration.directions, leaks)
+
+
+def text_for(patient: Patient, fold: Fold, tokens: int) -> list[list[int]]:
+    """Held-out text in the order in which it is measured.
+
+    A fold that depends on what a token looks like is shown late tokens first, in which ordinary
+    tokens may look like the sink.
+    """
+    mixture = patient.held_out_mixture(tokens)
+    early = alternating(mixture.short, mixture.chats)
+    return [*early, *mixture.long] if fold.exact else [*mixture.long, *early]
 
 
 def passes(patient: Patient, mask: Mask, quality: Quality, settings: Settings) -> bool:
@@ -72,21 +93,19 @@ def passes(patient: Patient, mask: Mask, quality: Quality, settings: Settings) -
     """
     fold = settings.fold_used
     try:
-        require_quality(quality, fold.name, settings.max_degradation, None)
+        require_quality(quality, fold, settings.max_degradation, None)
     except QualityGate:
         if settings.force:
             return False
-        better = _alternative(patient, mask, fold, settings.check_tokens)
-        require_quality(quality, fold.name, settings.max_degradation, better)
+        better = _alternative(patient, mask, settings)
+        require_quality(quality, fold, settings.max_degradation, better)
     return True
 
 
-def _alternative(
-    patient: Patient, mask: Mask, fold: Fold, tokens: int
-) -> tuple[str, Measured] | None:
-    """How a fold that reaches fewer tokens does on the same text, for the error message."""
+def _alternative(patient: Patient, mask: Mask, settings: Settings) -> tuple[str, Measured] | None:
+    """How a fold that reaches fewer tokens does, for the error message."""
     other = next((one for one in FOLDS.values() if one.tokens == "first"), None)
-    if fold.tokens == "first" or other is None:
+    if settings.fold_used.tokens == "first" or other is None:
         return None
     try:
         patient.reporter.say(
@@ -94,7 +113,8 @@ def _alternative(
         )
         calibration = other.calibrate(patient, mask)
         edits = other.edits(patient.anatomy, mask, calibration)
-        quality, _ = measure_fold(patient, mask, edits, Calibration(), tokens)
+        instead = replace(settings, fold=other.name)
+        quality, _ = measure_fold(patient, mask, edits, Calibration(), instead)
     except SurgeryError:
         return None
     return other.name, quality["folded"]

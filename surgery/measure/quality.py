@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
+import numpy as np
 
 from surgery.errors import QualityGate
-from surgery.measure.logits import Context, make_batches, perplexity
+from surgery.folds.base import Fold
+from surgery.folds.calibrate import EARLY
+from surgery.measure.logits import perplexity
+from surgery.measure.stopping import Look
+from surgery.measure.trial import VARIANTS, Array64, Sequenced, Trial
 from surgery.models.anatomy import Anatomy
 from surgery.models.discovery import decoder_layers
-from surgery.models.observe import device_of, hooked, standing_in
+from surgery.models.observe import hooked, standing_in
 
 logger = logging.getLogger(__name__)
+
+# A fold that is not exact leaves at most this share of the base's distance from its reference.
+CLOSED = 0.5
+# Nats per token that rounding alone leaves, where the mask itself changes next to nothing.
+ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ class Measured:
         name: "base", "reference" or "folded".
         perplexity: over all predicted tokens.
         against_base: perplexity relative to base, minus 1.
-        kl_from_reference: mean KL(reference ‖ variant), nats per position; NaN for the base.
+        kl_from_reference: mean KL(reference ‖ variant), nats per position.
         kl_from_base: mean KL(base ‖ variant), likewise.
     """
 
@@ -40,6 +49,45 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """The fold's mean loss minus base's, nats per token.
+
+    Attributes:
+        difference: over all predicted tokens.
+        low: lower bound of a 95 % interval that holds at every look (`measure.stopping`); None
+            where there are too few tokens for one.
+        high: upper bound, likewise.
+        looks: how often the measurement could have ended.
+        decided: whether it ended because the interval lies on one side of the limit.
+    """
+
+    difference: float
+    low: float | None
+    high: float | None
+    looks: int
+    decided: bool
+
+
+@dataclass(frozen=True)
+class Positions:
+    """KL(reference ‖ folded) by position in the sequence, nats.
+
+    Attributes:
+        early: mean over the first 256 positions.
+        late: mean over the others; None where there are none.
+        largest: of any token.
+        largest_at: its position.
+        largest_token: the token itself.
+    """
+
+    early: float
+    late: float | None
+    largest: float
+    largest_at: int
+    largest_token: str
+
+
+@dataclass(frozen=True)
 class Quality:
     """Base, the paper's reference and folded weights on the same tokens.
 
@@ -47,11 +95,17 @@ class Quality:
         variants: in this order.
         tokens: in all.
         sequences: of these tokens.
+        longest: tokens of the longest sequence.
+        interval: of the difference that the gate judges.
+        positions: where the fold differs from the reference.
     """
 
     variants: tuple[Measured, ...]
     tokens: int
     sequences: int
+    longest: int
+    interval: Interval
+    positions: Positions
 
     def __getitem__(self, name: str) -> Measured:
         return next(variant for variant in self.variants if variant.name == name)
@@ -90,54 +144,58 @@ class SharedPrefix:
         return standing_in(self._layers, [lambda *_args, **_kwargs: result] * len(self._layers))
 
 
-def measure(
-    model: Any,
-    anatomy: Anatomy,
-    sequences: Sequence[Sequence[int]],
-    first_target: int,
-    variants: Mapping[str, Context],
-    *,
-    progress: Callable[[int], None] = lambda _tokens: None,
-) -> Quality:
-    """Perplexity and KL of each variant, the layers before `first_target` shared by all.
+def summary(trial: Trial, found: Look, of: int, limit: float | None, tokenizer: Any) -> Quality:
+    """The figures of a trial.
 
     Args:
-        model: in memory whole.
-        anatomy: of its checkpoint.
-        sequences: token ids.
-        first_target: the first layer that a variant changes.
-        variants: what the model runs within, by name; "base" and "reference" must be among them,
-            in this order, because the others are compared with them.
-        progress: called with the tokens done.
+        trial: what was measured.
+        found: the last look at it.
+        of: how many looks there could have been.
+        limit: the allowed difference in loss, nats; None where none was asked about.
+        tokenizer: the model's own, to name a token.
     """
-    totals = {name: [0.0, 0.0, 0.0] for name in variants}
-    positions = predicted = 0
-    prefix = SharedPrefix(model, anatomy, first_target)
-    vocabulary = model.config.get_text_config().vocab_size
-    for batch in make_batches(sequences, vocabulary, device_of(model)):
-        known: dict[str, torch.Tensor] = {}
-        for number, (name, variant) in enumerate(variants.items()):
-            shared = prefix.record() if number == 0 else prefix.replay()
-            with torch.inference_mode(), variant(), shared:
-                logs = batch.log_probabilities(model)
-            if name in ("base", "reference"):
-                known[name] = logs
-            totals[name][0] += batch.loss(logs)
-            for column, other in enumerate(("reference", "base"), 1):
-                if other in known:
-                    totals[name][column] += batch.divergence(known[other], logs)
-        positions += batch.positions
-        predicted += batch.predicted
-        progress(batch.positions)
-    logger.info("%d variants on %d tokens", len(variants), positions)
-    base = totals["base"][0]
+    sequences = trial.sequences
+    tokens = sum(len(one.ids) for one in sequences)
+    predicted = tokens - len(sequences)
+
+    def total(values: Iterable[Array64]) -> float:
+        return float(sum(one.sum() for one in values))
+
+    def loss(name: str) -> float:
+        return total(one.losses[name] for one in sequences)
+
+    def kl(known: str, name: str) -> float:
+        if known == name:
+            return 0.0
+        return total(one.divergences[known, name] for one in sequences) / tokens
+
+    base = loss("base")
+    bounds = [value if math.isfinite(value) else None for value in (found.low, found.high)]
     return Quality(
         tuple(
-            measured(name, loss, base, predicted, from_reference / positions, from_base / positions)
-            for name, (loss, from_reference, from_base) in totals.items()
+            measured(name, loss(name), base, predicted, kl("reference", name), kl("base", name))
+            for name in VARIANTS
         ),
-        positions,
+        tokens,
         len(sequences),
+        max(len(one.ids) for one in sequences),
+        Interval(found.mean, bounds[0], bounds[1], of, limit is not None and found.decides(limit)),
+        _positions(sequences, tokenizer),
+    )
+
+
+def _positions(sequences: Sequence[Sequenced], tokenizer: Any) -> Positions:
+    found = [one.divergences["reference", "folded"] for one in sequences]
+    early = np.concatenate([one[:EARLY] for one in found])
+    late = np.concatenate([one[EARLY:] for one in found])
+    place = max(range(len(found)), key=lambda number: float(np.nan_to_num(found[number]).max()))
+    at = int(np.nan_to_num(found[place]).argmax())
+    return Positions(
+        float(early.mean()),
+        float(late.mean()) if late.size else None,
+        float(found[place][at]),
+        at,
+        tokenizer.decode([sequences[place].ids[at]]),
     )
 
 
@@ -159,9 +217,6 @@ def measured(
         kl_from_reference: nats per position.
         kl_from_base: nats per position.
     """
-    if name == "base":
-        # KL(reference ‖ base) is not measured: base runs before the reference exists.
-        return Measured(name, perplexity(base / predicted), 0.0, math.nan, 0.0)
     return Measured(
         name=name,
         perplexity=perplexity(loss / predicted),
@@ -172,29 +227,37 @@ def measured(
 
 
 def require_quality(
-    quality: Quality, fold: str, limit: float, better: tuple[str, Measured] | None
+    quality: Quality, fold: Fold, limit: float, better: tuple[str, Measured] | None
 ) -> None:
-    """Raise QualityGate when the folded perplexity exceeds base by more than a limit.
+    """Raise QualityGate for a fold that is worse than allowed, or is not what it promises.
 
     Args:
         quality: what was measured.
-        fold: its name.
-        limit: the allowed rise, as a share.
+        fold: that was made.
+        limit: the allowed rise of perplexity over base, as a share.
         better: another fold's name and measurement, when it would have passed or done better.
     """
-    folded, base = quality["folded"], quality["base"]
-    if math.isfinite(folded.perplexity) and folded.against_base <= limit:
-        return
-    advice = "reduce --rate or --strength, or choose --scope first"
-    if better is not None and better[1].perplexity < folded.perplexity:
-        name, found = better
-        advice = (
-            f"--fold {name} measures {found.perplexity:.4g} ({found.against_base:+.1%}) on the "
-            "same text"
+    folded, base, reference = quality["folded"], quality["base"], quality["reference"]
+    if not (math.isfinite(folded.perplexity) and folded.against_base <= limit):
+        advice = "reduce --rate or --strength, or choose --scope first"
+        if better is not None and better[1].perplexity < folded.perplexity:
+            name, found = better
+            advice = (
+                f"--fold {name} measures {found.perplexity:.4g} ({found.against_base:+.1%}) on the "
+                "same text"
+            )
+        raise QualityGate(
+            f"the {fold.name} fold raises perplexity from {base.perplexity:.4g} to "
+            f"{folded.perplexity:.4g} ({folded.against_base:+.1%}, allowed {limit:+.1%}; the "
+            f"paper's reference measures {reference.perplexity:.4g}); nothing was written: "
+            f"{advice}, or write it all the same with --force."
         )
-    raise QualityGate(
-        f"the {fold} fold raises perplexity from {base.perplexity:.4g} to "
-        f"{folded.perplexity:.4g} ({folded.against_base:+.1%}, allowed {limit:+.1%}; the paper's "
-        f"reference measures {quality['reference'].perplexity:.4g}); nothing was written: "
-        f"{advice}, or write it all the same with --force."
-    )
+    left, gap = folded.kl_from_reference, base.kl_from_reference
+    if not fold.exact and not left <= max(CLOSED * gap, ROUNDING):
+        raise QualityGate(
+            f"the {fold.name} fold is not near the mask that it stands for: it leaves "
+            f"KL(reference ‖ folded) at {left:.2g} nats per token, where the base's is {gap:.2g} "
+            f"(allowed {CLOSED:.0%} of that); nothing was written: give more --calibration-tokens, "
+            "or text like the model's own with --calibration, or write it all the same with "
+            "--force."
+        )

@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from surgery.errors import SurgeryError
 from surgery.folds.base import Calibration
-from surgery.folds.calibrate import sink_directions
+from surgery.folds.calibrate import sink_directions, towards
 from surgery.folds.editing import EditedWeights
 from surgery.folds.edits import SinkDirection
 from surgery.measure.logits import Batch, Context, make_batches, perplexity
 from surgery.measure.quality import SharedPrefix, measured
 from surgery.method.mask import Mask, attention_targets
+from surgery.models.ground import Loaded
+from surgery.models.journey import Stream
 from surgery.models.masking import wemask
 from surgery.models.observe import device_of, sink_magnitudes
 from surgery.patient.locating import choose_mask
@@ -169,14 +171,16 @@ class Scorer:
         model = patient.model
         self._every_target = attention_targets(layer, self._anatomy.attends, "all")
         stop = self._every_target[0]
-        sequences = patient.held_out(common.check_tokens, text=text)
+        if text is None:  # what the gate of `convert` measures on
+            sequences = patient.held_out_mixture(common.check_tokens).sequences
+        else:
+            sequences = patient.held_out(common.check_tokens, text=text)
         vocabulary = model.config.get_text_config().vocab_size
         self._batches = list(make_batches(sequences, vocabulary, device_of(model)))
         self._positions = sum(batch.positions for batch in self._batches)
         self._predicted = sum(batch.predicted for batch in self._batches)
         self._prefix = SharedPrefix(model, self._anatomy, stop)
-        self._calibration_prefix = SharedPrefix(model, self._anatomy, stop)
-        self._calibrated = False
+        self._calibration_start: Stream | None = None
         self._base = Kept(self._base_logs, self._batches)
         self._reference: tuple[Mask, Kept] | None = None
         self._recorded: set[int] = set()
@@ -277,16 +281,13 @@ class Scorer:
         return {first: SinkDirection(whole.center[list(mask.dimensions[first])], whole.detector)}
 
     def _calibrate(self, mask: Mask) -> dict[int, SinkDirection]:
-        prefix = self._calibration_prefix
-        with prefix.replay() if self._calibrated else prefix.record():
-            directions, _ = sink_directions(
-                self._patient.model,
-                self._anatomy,
-                self._patient.plain,
-                mask,
-                self._patient.calibration(),
-            )
-        self._calibrated = True
+        sequences = self._patient.calibration_mixture().sequences
+        ground = Loaded(self._patient.model, self._anatomy)
+        if self._calibration_start is None:
+            self._calibration_start = towards(ground, sequences, self._every_target[0])
+        directions, _ = sink_directions(
+            ground, self._patient.plain, mask, sequences, start=self._calibration_start
+        )
         return directions
 
     def _remember(self, touched: Sequence[str]) -> None:

@@ -114,7 +114,10 @@ def paired(
 
 
 def ratio(
-    base: Sequence[float], variant: Sequence[float], sizes: Sequence[int]
+    base: Sequence[float],
+    variant: Sequence[float],
+    sizes: Sequence[int],
+    level: float = LEVEL,
 ) -> tuple[float, float, float, float]:
     """Difference per unit of totals over clusters.
 
@@ -126,6 +129,7 @@ def ratio(
         base: each sequence's summed loss, nats.
         variant: likewise.
         sizes: each sequence's number of tokens.
+        level: of confidence.
 
     Returns:
         Mean and standard error, nats per token, and the interval's bounds.
@@ -137,20 +141,20 @@ def ratio(
     if n > 1:
         residuals = differences - mean * counts
         error = math.sqrt(n / (n - 1) * float((residuals**2).sum())) / float(counts.sum())
-    return mean, error, *interval(mean, error, n - 1)
+    return mean, error, *interval(mean, error, n - 1, level)
 
 
-def interval(mean: float, error: float, freedom: int) -> tuple[float, float]:
+def interval(mean: float, error: float, freedom: int, level: float = LEVEL) -> tuple[float, float]:
     """Student's t confidence interval; unbounded where the error is not known.
 
     What `scipy.stats.ttest_rel` gives, which has no interval for a ratio, and for a single document
     NaN and warnings in place of an interval that says nothing.
     """
-    from scipy.stats import t  # an extra
+    from scipy.stats import t  # takes half a second
 
     if not math.isfinite(error) or freedom < 1:
         return -math.inf, math.inf
-    reach = float(t.ppf(0.5 + LEVEL / 2, freedom)) * error
+    reach = float(t.ppf(0.5 + level / 2, freedom)) * error
     return mean - reach, mean + reach
 
 

@@ -40,19 +40,26 @@ def scale_columns(weight: Array64, dimensions: Sequence[int], strength: float) -
     return edited
 
 
-def detector(center: Array64, second_moment: Array64, ridge: float) -> Array64:
-    """v = Σ⁻¹c / (cᵀΣ⁻¹c): answers 1 to the sink token and least to ordinary tokens.
+def detector(
+    center: Array64, second_moment: Array64, ridge: float, null: Array64 | None = None
+) -> Array64:
+    """v = Σ⁻¹C (CᵀΣ⁻¹C)⁻¹e₁: answers 1 to the sink token and least to ordinary tokens.
 
-    The closed form of an MVDR beamformer, and of ROME's rank-one edit (the edit is
-    W ← W − γ (W (m ⊙ c)) vᵀ).
+    C is [c] alone, or [c, c₂] for a detector that answers 0 to secondary sinks. The closed form of
+    an MVDR beamformer (with c₂, a linearly constrained one), and of ROME's rank-one edit (the edit
+    is W ← W − γ (W (m ⊙ c)) vᵀ).
 
     Args:
         center: c, the sink token's mean attention input, [D].
         second_moment: Σ, the mean of x xᵀ over ordinary tokens, [D, D].
         ridge: share of Σ's mean eigenvalue that is added to its diagonal: there may be fewer tokens
             than dimensions, and then Σ alone has no inverse.
+        null: c₂, the mean attention input of secondary sinks, [D]; not parallel to c.
     """
     size = len(center)
     loading = ridge * (np.trace(second_moment) / size or 1.0)  # 1: there were no ordinary tokens
-    solved = np.linalg.solve(second_moment + loading * np.eye(size), center)
-    return solved / (center @ solved)
+    columns = center[:, None] if null is None else np.stack([center, null], axis=1)
+    solved = np.linalg.solve(second_moment + loading * np.eye(size), columns)
+    first = np.zeros(columns.shape[1])
+    first[0] = 1.0
+    return solved @ np.linalg.solve(columns.T @ solved, first)

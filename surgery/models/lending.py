@@ -1,21 +1,25 @@
 """A model that need not fit into memory: parts of it get their parameters when they are needed.
 
-`LentModel` is such a model for any number of forward passes. Its decoder layers get their matrices
-when they run and lose them afterwards, so that hooks see the model at work as if it were loaded;
-every pass reads the layers' bytes again. `surgery.models.stream` reads them once.
+`Lender` is a ground to journey on (`surgery.models.journey`): each layer has its parameters while it
+is entered. `LentModel` is a model for any number of forward passes: its decoder layers get their
+matrices when they run and lose them afterwards, so that hooks see the model at work as if it were
+loaded; every pass reads the layers' bytes again.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from surgery.errors import Unsupported
 from surgery.files.checkpoint import Checkpoint
 from surgery.models.anatomy import Anatomy
 from surgery.models.discovery import backbone, decoder_layers
+from surgery.models.ground import HeadBlock, word_blocks
 from surgery.models.loading import skeleton
 from surgery.models.stored import StoredParameters
 
@@ -57,6 +61,21 @@ class Lender:
         self._embedding_shape = tuple(embedding.weight.shape)  # before it holds rows alone
 
     @property
+    def model(self) -> Any:
+        """The model, whose parameters lie nowhere until they are lent."""
+        return self._model
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Of its checkpoint."""
+        return self._anatomy
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._device
+
+    @property
     def bytes_read(self) -> int:
         """Bytes of weight files read so far."""
         return self._stored.bytes_read
@@ -81,6 +100,42 @@ class Lender:
         for buffer in backbone(self._model, self._anatomy).buffers():
             buffer.data = buffer.data.to(self._device)
         logger.debug("%d embedding rows and what lies beside the layers are loaded", len(used))
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[torch.nn.Module]:
+        """A decoder layer with its parameters, which are freed afterwards."""
+        path = f"{self._anatomy.layers_path}.{index}"
+        self._lend(path)
+        try:
+            yield self._model.get_submodule(path)
+        finally:
+            for name, parameter in self._parameters(path):
+                self._put(name, parameter.to("meta"))
+
+    def head_blocks(self) -> Iterator[HeadBlock]:
+        """The language-model head, some words at a time.
+
+        Raises:
+            Unsupported: where the model has none, or not as one linear.
+        """
+        head = self._model.get_output_embeddings()
+        if not isinstance(head, torch.nn.Linear):
+            raise Unsupported(
+                f"{self._anatomy.model_type} has no linear head, so it cannot be streamed."
+            )
+        path = next(name for name, module in self._model.named_modules() if module is head)
+        shape = (head.out_features, head.in_features)
+        name = f"{path}.weight"
+        if name not in self._stored:  # tied to the embedding
+            embedding = self._model.get_input_embeddings()
+            modules = self._model.named_modules()
+            name = next(f"{found}.weight" for found, module in modules if module is embedding)
+        bias = None
+        if head.bias is not None:
+            bias = self._stored.values(f"{path}.bias", (shape[0],))
+        for begin, end in word_blocks(*shape):
+            weight = self._stored.rows(name, range(begin, end), shape)
+            yield HeadBlock(begin, end, weight, bias[begin:end] if bias is not None else None)
 
     def _rows_of(self, _module: Any, args: tuple) -> tuple:
         """Token ids to the rows of the embedding that holds these tokens alone."""

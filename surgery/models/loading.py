@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported, first_line
 from surgery.files.checkpoint import Checkpoint, Origin, open_checkpoint
+from surgery.files.memory import available
 from surgery.files.text import read_json
 from surgery.files.weights import ADAPTER_CONFIG, method_of
 from surgery.models.anatomy import is_multimodal
@@ -46,6 +47,16 @@ def pick_device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise BadSettings(f"The device {name!r} cannot be used: {first_line(error)}") from error
     return device
+
+
+def available_on(device: torch.device) -> int:
+    """Bytes of memory that can be had on a device."""
+    import torch
+
+    if device.type == "cuda":
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free
+    return available()
 
 
 @contextmanager

@@ -97,6 +97,29 @@ def wemask(
         yield
 
 
+@contextmanager
+def masking_layer(
+    model: Any, anatomy: Anatomy, mask: Mask, layer: int
+) -> Iterator[Callable[[torch.Tensor], None]]:
+    """The mask in one layer, for who runs the layers one by one; nothing where it is no target.
+
+    Yields:
+        A function that takes where the tokens to mask are in the next run, bool [B, T].
+    """
+    held: list[torch.Tensor] = []
+
+    def at(positions: torch.Tensor) -> None:
+        held[:] = [positions]
+
+    handles = []
+    if layer in mask.layers:
+        attention = model.get_submodule(anatomy.at(layer).attention)
+        edit = _edit(mask, layer, "first", set(), held, None)
+        handles.append(attention.register_forward_pre_hook(edit, with_kwargs=True))
+    with hooked(handles):
+        yield at
+
+
 def masked(
     model: Any, anatomy: Anatomy, mask: Mask, tokens: str = "first"
 ) -> AbstractContextManager[None]:

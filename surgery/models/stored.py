@@ -46,6 +46,10 @@ class StoredParameters:
         self._names = StoredNames(checkpoint, model)
         self.bytes_read = 0
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the checkpoint holds what a parameter is made from."""
+        return name in self._names
+
     def values(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         """The values of a parameter.
 

@@ -101,8 +101,9 @@ def behaviour(
         BadCheckpoint: when the checkpoint does not load.
     """
     from surgery.folds import editing  # imports torch
-    from surgery.measure.logits import divergence
 
+    if patient.streams:
+        return _layer_by_layer(patient, mask, fold, folder, edits, quality)
     batch, dtype = Batch.of(patient), patient.loading.dtype
     base = batch.logits(patient.model)
     reference = masked_logits(batch, patient, mask, fold.tokens)
@@ -114,17 +115,62 @@ def behaviour(
     with loadable(folder) as loaded:
         logits, checks = stock_load(loaded, batch, patient.loading)
     if folded is None:
-        # Halving a gain is exact in any binary format, scaling by other factors is rounded.
-        rounded = mask.strength not in (0.0, 1.0)
-        return [*checks, equal(logits, reference, dtype, rounded=rounded)]
+        return [*checks, equal(logits, reference, dtype, rounded=_rounded(mask))]
+    return [*checks, *_approximate(logits, folded, reference, base, dtype, quality)]
+
+
+def _rounded(mask: Mask) -> bool:
+    """Halving a gain is exact in any binary format, scaling by other factors is rounded."""
+    return mask.strength not in (0.0, 1.0)
+
+
+def _approximate(
+    logits: Any,
+    folded: Any,
+    reference: Any,
+    base: Any,
+    dtype: str,
+    quality: Mapping[str, Any] | None,
+) -> list[Check]:
+    """That logits are those of the fold in memory, and near its reference."""
+    from surgery.measure.logits import divergence  # imports torch
+
     # The gate, too, measured the rounded weights.
     again = run_again(dtype)
-    whole = divergence(folded.double(), base.double())
+    whole = divergence(folded, base)
     return [
-        *checks,
         as_folded(_IN_MEMORY, logits, folded, min(again, 0.01 * whole + 1e-6)),
         near_reference(logits, reference, base, quality, again),
     ]
+
+
+def _layer_by_layer(
+    patient: Patient,
+    mask: Mask,
+    fold: Fold,
+    folder: Path,
+    edits: Sequence[Edit],
+    quality: Mapping[str, Any] | None,
+) -> list[Check]:
+    """The same of a model that is never in memory whole; see `outputs.layerwise`."""
+    from surgery.outputs.layerwise import run_layerwise, stock_from_disk  # import torch
+
+    sequences = patient.held_out(VERIFY_TOKENS, VERIFY_TOKENS // 2)
+    dtype = patient.loading.dtype
+    with loadable(folder) as loaded:
+        seen = run_layerwise(patient, mask, fold, edits, loaded, sequences)
+        stock = stock_from_disk(loaded, patient, sequences, seen.written)
+    logits = seen.written
+    finite = bool(logits.isfinite().all())
+    checks = [Check("logits are finite", finite, f"{logits.shape[0]} tokens, layer by layer")]
+    if isinstance(stock, Check):
+        checks.insert(0, stock)
+    else:
+        patient.reporter.say(f"Not tried: a stock load of what was written; {stock}")
+    if fold.exact:
+        return [*checks, equal(logits, seen.reference, dtype, rounded=_rounded(mask))]
+    found = _approximate(logits, seen.folded, seen.reference, seen.base, dtype, quality)
+    return [*checks, *found]
 
 
 def stock_load(folder: Path, batch: Batch, loading: Loading) -> tuple[torch.Tensor, list[Check]]:
@@ -177,7 +223,7 @@ def as_folded(name: str, logits: Any, folded: Any, allowed: float) -> Check:
     """Logits that must be those of the weights folded in memory, up to rounding."""
     from surgery.measure.logits import divergence  # imports torch
 
-    distance = divergence(folded.double(), logits.double())
+    distance = divergence(folded, logits)
     detail = f"KL(folded ‖ this) {distance:.2e} nats per token, allowed {allowed:.1e}"
     return Check(name, distance <= allowed, detail)
 
@@ -204,8 +250,8 @@ def near_reference(
     """
     from surgery.measure.logits import divergence  # imports torch
 
-    distance = divergence(reference.double(), logits.double())
-    whole = divergence(reference.double(), base.double())
+    distance = divergence(reference, logits)
+    whole = divergence(reference, base)
     variants = quality["variants"] if quality is not None else []
     folded: Mapping[str, Any] = next((one for one in variants if one["name"] == "folded"), {})
     measured = folded.get("kl_from_reference")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -232,7 +232,33 @@ def _quality_words(quality: QualityRecord) -> dict[str, Any]:
         }
         for row in quality["variants"]
     ]
-    return {"tokens": quality["tokens"], "sequences": quality["sequences"], "rows": rows}
+    return {
+        "tokens": quality["tokens"],
+        "sequences": quality["sequences"],
+        "rows": rows,
+        "more": [*_interval_words(quality), *_position_words(quality)],
+    }
+
+
+def _interval_words(quality: QualityRecord) -> Iterator[str]:
+    found = quality.get("interval")  # which earlier versions have not measured
+    if found and found["low"] is not None and found["high"] is not None:
+        yield (
+            f"Loss of the folded weights against base: {found['difference']:+.4f} nats per token, "
+            f"95 % interval {found['low']:+.4f} to {found['high']:+.4f} (over runs of 64 tokens; "
+            "it holds at every look, so that the measurement could end when it was clear)."
+        )
+
+
+def _position_words(quality: QualityRecord) -> Iterator[str]:
+    found = quality.get("positions")  # likewise
+    if found:
+        late = "" if found["late"] is None else f", {_short(found['late'])} beyond"
+        yield (
+            f"KL(reference ‖ folded) by position, in sequences of up to {quality['longest']} "
+            f"tokens: {_short(found['early'])} on the first 256{late}; the largest of a single "
+            f"token is {_short(found['largest'])}, at position {found['largest_at']}."
+        )
 
 
 def _leak_words(manifest: Manifest) -> str:
@@ -246,6 +272,21 @@ def _leak_words(manifest: Manifest) -> str:
         f"|v·x| on ordinary tokens {max(leak['ordinary_rms'] for leak in leaks):.3g} (rms), "
         f"{max(leak['ordinary_largest'] for leak in leaks):.3g} (largest); on sink tokens v·x is "
         f"at least {min(leak['sink_smallest'] for leak in leaks):.3g} (1 is exact)."
+        f"{_secondary_words(leaks)}"
+    )
+
+
+def _secondary_words(leaks: Sequence[Mapping[str, Any]]) -> str:
+    """What the detectors answer to other tokens that are nearly as massive as the first."""
+    found = [leak for leak in leaks if leak.get("secondary_tokens")]
+    if not found:
+        return ""
+    nulled = sum(leak.get("null") is not None and leak["null"] < leak["plain"] for leak in leaks)
+    return (
+        f" On secondary sinks, tokens at least half as massive as the first, |v·x| is "
+        f"{max(leak['secondary_rms'] for leak in found):.3g} (rms), "
+        f"{max(leak['secondary_largest'] for leak in found):.3g} (largest); {nulled} of "
+        f"{len(leaks)} detectors have a null on them."
     )
 
 

@@ -83,7 +83,7 @@ def _measured(operation: Operation, plan: Plan) -> tuple[Quality | None, Manifes
     from surgery.measure.gate import measure_fold, passes  # imports torch
 
     quality, calibration = measure_fold(
-        patient, mask, operation.edits, operation.calibration, settings.check_tokens
+        patient, mask, operation.edits, operation.calibration, settings
     )
     patient.reporter.show(quality)
     forced = not passes(patient, mask, quality, settings)

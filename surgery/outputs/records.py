@@ -37,7 +37,7 @@ class SinkRecord:
 
     center: str
     detector: str
-    leak: dict[str, int | float]
+    leak: dict[str, int | float | None]
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ class QualityRecord(TypedDict):
     variants: list[VariantRecord]
     tokens: int
     sequences: int
+    # Which earlier versions have not measured.
+    longest: NotRequired[int]
+    interval: NotRequired[dict[str, Any]]
+    positions: NotRequired[dict[str, Any]]
 
 
 class CheckRecord(TypedDict):

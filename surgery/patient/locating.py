@@ -22,6 +22,8 @@ def find_emergence(patient: Patient) -> Emergence:
     from surgery.method.locate import agree
     from surgery.models.observe import layer_norms  # imports torch
 
+    if patient.streams:
+        return stream_model(patient).emergence
     prompts = [prompt.tokens for prompt in patient.prompts()]
     with patient.reporter.bar("Locating the ME Layer", len(prompts)) as advance:
         return agree(layer_norms(patient.model, patient.anatomy, prompts, advance))
@@ -73,9 +75,18 @@ def choose_mask(
         }
     else:
         if magnitudes is None:
-            from surgery.models.observe import sink_magnitudes  # imports torch
-
             sequences = patient.calibration()  # which is read before the model is loaded
-            magnitudes = sink_magnitudes(patient.model, patient.anatomy, targets, sequences)
+            magnitudes = _magnitudes(patient, targets, sequences)
         chosen = {layer: largest(magnitudes[layer], size) for layer in targets}
     return Mask(width, selection.select, selection.strength, chosen)
+
+
+def _magnitudes(
+    patient: Patient, targets: Sequence[int], sequences: Sequence[Sequence[int]]
+) -> Mapping[int, NDArray[np.float64]]:
+    from surgery.models.journey import first_magnitudes  # import torch
+    from surgery.models.observe import sink_magnitudes
+
+    if patient.streams:
+        return first_magnitudes(patient.ground, targets, sequences)
+    return sink_magnitudes(patient.model, patient.anatomy, targets, sequences)

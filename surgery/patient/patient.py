@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from surgery.errors import BadSettings
 from surgery.files.checkpoint import Checkpoint
@@ -14,12 +15,21 @@ from surgery.files.foreign import is_whole
 from surgery.files.weights import method_of
 from surgery.models.anatomy import Anatomy, describe, is_multimodal, refuse_quantised
 from surgery.patient import texts
+from surgery.patient.mixture import LONG_WINDOW, Mixture, mix
 from surgery.patient.quantised import dequantised
 from surgery.patient.source import resolve
 from surgery.patient.texts import Prompt, Text
 from surgery.reporter import SILENT, Reporter
 
+if TYPE_CHECKING:
+    from surgery.models.ground import Ground
+
 logger = logging.getLogger(__name__)
+
+# Share of the available memory that a loaded model's parameters may take.
+COMFORTABLE = 1 / 3
+# Bytes of a number, by the name of its format.
+WIDTHS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # Texts above this length (characters) are long ones.
 _LONG = 4000
@@ -36,6 +46,8 @@ class Loading:
         trust_remote_code: whether the checkpoint's own Python code may run.
         calibration: a file of text in place of the bundled prompts.
         calibration_tokens: tokens of calibration text, at most about.
+        stream: whether the model runs layer by layer from its files instead of being loaded; None
+            for what suits its size and the memory.
     """
 
     revision: str | None = None
@@ -43,7 +55,8 @@ class Loading:
     dtype: str = "float32"
     trust_remote_code: bool = False
     calibration: str | None = None
-    calibration_tokens: int = 4096
+    calibration_tokens: int = 6144
+    stream: bool | None = None
 
 
 class Patient:
@@ -113,6 +126,40 @@ class Patient:
         return pick_device(self.loading.device)
 
     @cached_property
+    def streams(self) -> bool:
+        """Whether the model runs layer by layer from its files.
+
+        Loaded is a little faster, so that a model that fits comfortably is loaded: its parameters
+        take at most a third of the memory that is available now.
+        """
+        if self.loading.stream is not None:
+            return self.loading.stream
+        from surgery.models.loading import available_on  # imports torch
+
+        width = WIDTHS[self.loading.dtype]
+        needed = width * sum(math.prod(entry.shape) for entry in self.plain.tensors.values())
+        return needed > COMFORTABLE * available_on(self.device)
+
+    @property
+    def ground(self) -> Ground:
+        """The model for journeys through its layers, loaded or layer by layer from its files."""
+        from surgery.models.ground import Loaded  # imports torch
+
+        return self._lent if self.streams else Loaded(self.model, self.anatomy)
+
+    @cached_property
+    def _lent(self) -> Ground:
+        from surgery.models.lending import Lender
+
+        return Lender(
+            self.plain,
+            self.anatomy,
+            dtype=self.loading.dtype,
+            device=self.device,
+            trust_remote_code=self.loading.trust_remote_code,
+        )
+
+    @cached_property
     def model(self) -> Any:
         """The model, loaded by transformers."""
         from surgery.models.loading import load_model, require_finite  # import torch
@@ -170,6 +217,17 @@ class Patient:
             # Short texts of every kind before the few long ones: the budget buys more variety.
             chosen = sorted(chosen, key=lambda text: len(text.text) > _LONG)
         return self.windows(chosen, self.loading.calibration_tokens)
+
+    def calibration_mixture(self) -> Mixture:
+        """Calibration text for a detector: also chats, and windows that have late tokens."""
+        return self._mixed(self._calibration_texts(), self.loading.calibration_tokens)
+
+    def held_out_mixture(self, limit: int) -> Mixture:
+        """Held-out text for the gate, about `limit` tokens: also chats, and late tokens."""
+        return self._mixed(texts.bundled("heldout"), limit)
+
+    def _mixed(self, chosen: list[Text], limit: int) -> Mixture:
+        return mix(self.tokenizer, chosen, limit, self._longest(LONG_WINDOW), self.vocabulary)
 
     def held_out(
         self, limit: int, length: int | None = None, text: str | None = None

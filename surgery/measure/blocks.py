@@ -1,0 +1,77 @@
+"""Losses and divergences of several logits, of which no more than a block of words exists at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+Pair = tuple[str, str]
+
+
+class Distributions:
+    """Next-token distributions of several variants at the same tokens, word by word.
+
+    For logits l of p and l' of q, KL(p ‖ q) = Σ p (l − l') − log Z + log Z', so that sums over the
+    words suffice: Z of every variant and Σ exp(l) (l − l') of every pair, each relative to the
+    largest logit so far.
+    """
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        """pairs: of variants p and q whose KL(p ‖ q) is wanted."""
+        self._pairs = pairs
+        self._largest: dict[str, torch.Tensor] = {}
+        self._sums: dict[str, torch.Tensor] = {}
+        self._crossed: dict[Pair, torch.Tensor] = {}
+        self._targets: dict[str, torch.Tensor] = {}
+
+    def add(self, logits: Mapping[str, torch.Tensor], begin: int, targets: torch.Tensor) -> None:
+        """Add the logits of some words.
+
+        Args:
+            logits: of each variant, [..., words].
+            begin: number of the first of these words.
+            targets: the word whose probability is wanted, [...].
+        """
+        wide = {
+            name: values.to(torch.promote_types(values.dtype, torch.float32))
+            for name, values in logits.items()
+        }
+        here = targets - begin
+        inside = (here >= 0) & (here < next(iter(wide.values())).shape[-1])
+        place = here.clamp(0, next(iter(wide.values())).shape[-1] - 1).unsqueeze(-1)
+        for name, values in wide.items():
+            found = values.gather(-1, place).squeeze(-1).double()
+            if name not in self._targets:
+                self._targets[name] = torch.zeros_like(found)
+            self._targets[name] = torch.where(inside, found, self._targets[name])
+            self._weigh(name, values, wide)
+
+    def _weigh(self, name: str, values: torch.Tensor, all_: Mapping[str, torch.Tensor]) -> None:
+        largest = values.amax(-1)
+        if name in self._largest:
+            known = self._largest[name]
+            largest = torch.maximum(largest, known)
+            scale = (known.double() - largest.double()).exp()
+        else:
+            scale = torch.zeros_like(largest, dtype=torch.float64)
+        self._largest[name] = largest
+        weights = (values - largest.unsqueeze(-1)).exp()
+        self._sums[name] = self._sums.get(name, 0.0) * scale + weights.sum(-1, dtype=torch.float64)
+        for pair in self._pairs:
+            if pair[0] == name:
+                crossed = (weights * (values - all_[pair[1]])).sum(-1, dtype=torch.float64)
+                self._crossed[pair] = self._crossed.get(pair, 0.0) * scale + crossed
+
+    def _normaliser(self, name: str) -> torch.Tensor:
+        return self._largest[name].double() + self._sums[name].log()
+
+    def loss(self, name: str) -> torch.Tensor:
+        """Negative log-probability of the targets, nats, [...], float64."""
+        return self._normaliser(name) - self._targets[name]
+
+    def divergence(self, pair: Pair) -> torch.Tensor:
+        """KL(p ‖ q), nats, [...], float64."""
+        p, q = pair
+        normalisers = self._normaliser(q) - self._normaliser(p)
+        return self._crossed[pair] / self._sums[p] + normalisers
