@@ -21,7 +21,7 @@ from surgery.errors import NoEmergence
 from surgery.files.checkpoint import Checkpoint
 from surgery.folds.base import Calibration, Leak
 from surgery.folds.editing import EditedWeights
-from surgery.folds.edits import SinkDirection
+from surgery.folds.edits import RankOne, SinkDirection
 from surgery.folds.rank_one import rank_one_edits
 from surgery.method.algebra import detector
 from surgery.method.locate import STANDS_OUT
@@ -110,7 +110,7 @@ def sink_directions(
     leaks: dict[int, Leak] = {}
     for index in range(mask.layers[0], mask.layers[-1] + 1):
         with ground.layer(index) as layer:
-            edits = ()
+            edits: tuple[RankOne, ...] = ()
             if index in mask.layers:
                 tokens = tokens_at(stream, index, layer)
                 directions[index], leaks[index] = direction(tokens, mask.dimensions[index], ridge)

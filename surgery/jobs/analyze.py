@@ -10,7 +10,7 @@ from surgery.method.locate import Emergence
 from surgery.method.mask import attention_targets
 from surgery.models.anatomy import Anatomy
 from surgery.models.memory import return_freed_memory
-from surgery.patient.locating import choose_mask, find_emergence, stream_model
+from surgery.patient.locating import choose_mask, observe_emergence, stream_model
 from surgery.patient.patient import Patient
 from surgery.patient.source import resolve, resolve_light
 from surgery.reporter import SILENT, Reporter
@@ -98,7 +98,7 @@ def analyze(
         gathered, read = _lent_evidence(patient, streamed.emergence, settings)
         streamed = replace(streamed, bytes_read=streamed.bytes_read + read)
         return Analysis(plain, anatomy, streamed.emergence, gathered, streamed)
-    emergence = find_emergence(patient)
+    emergence = observe_emergence(patient)
     found = None
     if evidence:
         found = _evidence(patient, patient.model, emergence, settings)

@@ -1,4 +1,4 @@
-"""Losses and divergences of several logits, of which no more than a block of words exists at once."""
+"""Losses and divergences of several logits, of which a block of words exists at a time."""
 
 from __future__ import annotations
 

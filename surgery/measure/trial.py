@@ -51,10 +51,9 @@ class Trial:
     answers: Mapping[int, Answers] = field(default_factory=dict)
 
     def __add__(self, other: Trial) -> Trial:
+        parts = [found for found in (self, other) if found.answers]
         both = {
-            layer: Answers.together(
-                [found.answers[layer] for found in (self, other) if found.answers]
-            )
+            layer: Answers.together([found.answers[layer] for found in parts])
             for layer in other.answers
         }
         return Trial((*self.sequences, *other.sequences), both)

@@ -62,4 +62,5 @@ def detector(
     solved = np.linalg.solve(second_moment + loading * np.eye(size), columns)
     first = np.zeros(columns.shape[1])
     first[0] = 1.0
-    return solved @ np.linalg.solve(columns.T @ solved, first)
+    found: Array64 = np.asarray(solved @ np.linalg.solve(columns.T @ solved, first))
+    return found

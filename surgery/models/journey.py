@@ -7,8 +7,9 @@ where their weights or hooks begin to differ (`Stream.fork`), so that nothing be
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -177,9 +178,10 @@ class Stream:
 
     def logits(self, block: HeadBlock) -> Iterator[torch.Tensor]:
         """Of each batch, the logits of a block of words, [B, T, words]; after the last layer."""
-        with torch.inference_mode():
-            for leg in self._legs:
-                yield _logits(self._ground, leg, block)
+        for leg in self._legs:
+            with torch.inference_mode():  # which must not last while somebody else runs
+                found = _logits(self._ground, leg, block)
+            yield found
 
 
 def first_magnitudes(
@@ -252,9 +254,9 @@ def _copy(leg: _Leg) -> _Leg:
     copies: dict[int, Any] = {}
 
     def own(value: Any) -> Any:
-        if not isinstance(value, dict):
+        if not isinstance(value, MutableMapping):
             return value
-        return copies.setdefault(id(value), dict(value))
+        return copies.setdefault(id(value), copy(value))
 
     calls = [
         (args, {name: own(value) for name, value in kwargs.items()}) for args, kwargs in leg.calls

@@ -1,7 +1,7 @@
 """A model that need not fit into memory: parts of it get their parameters when they are needed.
 
-`Lender` is a ground to journey on (`surgery.models.journey`): each layer has its parameters while it
-is entered. `LentModel` is a model for any number of forward passes: its decoder layers get their
+`Lender` is a ground to journey on (`surgery.models.journey`): each layer has its parameters while
+it is entered. `LentModel` is a model for any number of forward passes: its decoder layers get their
 matrices when they run and lose them afterwards, so that hooks see the model at work as if it were
 loaded; every pass reads the layers' bytes again.
 """

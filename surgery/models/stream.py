@@ -16,12 +16,14 @@ import torch
 from numpy.typing import NDArray
 
 from surgery.method.locate import Emergence, agree, vote
+from surgery.models.ground import Ground
 from surgery.models.journey import Stream
 from surgery.models.lending import Lender
 from surgery.models.observe import Progress
 
 logger = logging.getLogger(__name__)
 
+Stop = Callable[[list[NDArray[np.float64]]], bool]
 # Layers the sink must stay massive for before a stream stops. SmolLM2's early rise, which fades,
 # lasts seven.
 PATIENCE = 8
@@ -76,43 +78,73 @@ class LayerStream(Lender):
         Raises:
             Unsupported: for layouts whose tensors do not map one to one onto the model's.
         """
-        depth = self.anatomy.depth
-        norms = self.run(
-            prompts, lambda found: not all_layers and established(found, depth), progress
-        )
-        layers_run = norms[0].shape[0] - 1
-        logger.info("ran %d of %d layers", layers_run, depth)
-        emergence = agree(norms, depth=depth)
-        return Streamed(emergence, layers_run, depth, self.bytes_read, self._checkpoint.size)
+        emergence, layers_run = locate(self, prompts, all_layers=all_layers, progress=progress)
+        depth, total = self.anatomy.depth, self._checkpoint.size
+        return Streamed(emergence, layers_run, depth, self.bytes_read, total)
 
     def run(
         self,
         prompts: Sequence[Sequence[int]],
-        stop: Callable[[list[NDArray[np.float64]]], bool],
+        stop: Stop,
         progress: Progress = lambda _done: None,
     ) -> list[NDArray[np.float64]]:
-        """L2 norms of the residual stream, as `observe.layer_norms` gives them.
+        """As `stream_norms`."""
+        return stream_norms(self, prompts, stop, progress)
 
-        Args:
-            prompts: token ids.
-            stop: asked after every layer, with the norms so far.
-            progress: called with 1 after every layer.
 
-        Returns:
-            Per prompt, [layers run + 1, tokens].
-        """
-        self.prepare(prompts)
-        stream = Stream.board(self, prompts)
-        norms: list[list[torch.Tensor]] = [[] for _ in prompts]
+def locate(
+    ground: Ground,
+    prompts: Sequence[Sequence[int]],
+    *,
+    all_layers: bool = False,
+    progress: Progress = lambda _done: None,
+) -> tuple[Emergence, int]:
+    """The ME Layer, from no more layers than it takes, and how many of them ran.
+
+    Args:
+        ground: the model, loaded or not.
+        prompts: token ids.
+        all_layers: go on to the last layer, instead of stopping once the emergence has lasted.
+        progress: called with 1 after every layer.
+    """
+    depth = ground.anatomy.depth
+    norms = stream_norms(
+        ground, prompts, lambda found: not all_layers and established(found, depth), progress
+    )
+    layers_run = norms[0].shape[0] - 1
+    logger.info("ran %d of %d layers", layers_run, depth)
+    return agree(norms, depth=depth), layers_run
+
+
+def stream_norms(
+    ground: Ground,
+    prompts: Sequence[Sequence[int]],
+    stop: Stop,
+    progress: Progress = lambda _done: None,
+) -> list[NDArray[np.float64]]:
+    """L2 norms of the residual stream, as `observe.layer_norms` gives them.
+
+    Args:
+        ground: the model, loaded or not.
+        prompts: token ids.
+        stop: asked after every layer, with the norms so far.
+        progress: called with 1 after every layer.
+
+    Returns:
+        Per prompt, [layers run + 1, tokens].
+    """
+    ground.prepare(prompts)
+    stream = Stream.board(ground, prompts)
+    norms: list[list[torch.Tensor]] = [[] for _ in prompts]
+    _keep(norms, stream)
+    for index in range(ground.anatomy.depth):
+        with ground.layer(index) as layer:
+            stream.step(index, layer)
         _keep(norms, stream)
-        for index in range(self.anatomy.depth):
-            with self.layer(index) as layer:
-                stream.step(index, layer)
-            _keep(norms, stream)
-            progress(1)
-            if stop([torch.stack(rows).double().numpy() for rows in norms]):
-                break
-        return [torch.stack(rows).double().numpy() for rows in norms]
+        progress(1)
+        if stop([torch.stack(rows).double().numpy() for rows in norms]):
+            break
+    return [torch.stack(rows).double().numpy() for rows in norms]
 
 
 def _keep(norms: list[list[torch.Tensor]], stream: Stream) -> None:

@@ -1,4 +1,4 @@
-"""What a written output does, at the memory of a few layers: run layer by layer, beside its base."""
+"""What a written output does, run layer by layer beside its base, at the memory of a few."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,8 @@ def run_layerwise(
     sequences: Sequence[Sequence[int]],
 ) -> Layerwise:
     """Base, hooks, edits in memory and the written weights, none of them ever loaded whole."""
-    from surgery.measure.trial import VARIANTS, Edited, travel  # imports torch
+    from surgery.folds.calibrate import towards  # imports torch
+    from surgery.measure.trial import VARIANTS, Edited, travel
     from surgery.models.journey import gathered
     from surgery.models.lending import Lender
 
@@ -70,8 +72,6 @@ def run_layerwise(
         device=patient.device,
         trust_remote_code=patient.loading.trust_remote_code,
     )
-    from surgery.folds.calibrate import towards
-
     stream = towards(ground, sequences, patient.anatomy.depth)
     return Layerwise(**found, written=gathered(ground, stream))
 
@@ -95,25 +95,24 @@ def stock_from_disk(
     import torch
 
     from surgery.measure.logits import divergence
-    from surgery.models.loading import stock_model
+    from surgery.models.loading import quiet, stock_model
     from surgery.models.observe import pad
 
-    try:
-        import accelerate  # noqa: F401
-    except ImportError:
+    if find_spec("accelerate") is None:
         return "accelerate is not installed (pip install accelerate)"
     ids, real = pad(sequences)
     room: Mapping[Any, int] = {"cpu": int(_STOCK_SHARE * available())}
     with tempfile.TemporaryDirectory(prefix="surgery-") as offload:
         try:
-            model = stock_model(
-                folder,
-                patient.loading.trust_remote_code,
-                dtype="auto",
-                device_map="auto",
-                max_memory=room,
-                offload_folder=offload,
-            ).eval()
+            with quiet():
+                model = stock_model(
+                    folder,
+                    patient.loading.trust_remote_code,
+                    dtype="auto",
+                    device_map="auto",
+                    max_memory=room,
+                    offload_folder=offload,
+                ).eval()
             with torch.inference_mode():
                 logits = model(input_ids=ids, attention_mask=real, use_cache=False).logits
         except SurgeryError:

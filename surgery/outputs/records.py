@@ -37,7 +37,7 @@ class SinkRecord:
 
     center: str
     detector: str
-    leak: dict[str, int | float | None]
+    leak: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,23 @@ if TYPE_CHECKING:
 
 
 def find_emergence(patient: Patient) -> Emergence:
-    """Locate the ME Layer on the bundled prompts, or on the user's calibration text."""
+    """Locate the ME Layer on the bundled prompts, or on the user's calibration text.
+
+    No layer runs beyond those that show that the emergence lasts.
+    """
+    from surgery.models.stream import locate  # imports torch
+
+    prompts = [prompt.tokens for prompt in patient.prompts()]
+    ground, depth = patient.ground, patient.anatomy.depth
+    with patient.reporter.bar("Locating the ME Layer", depth) as advance:
+        return locate(ground, prompts, progress=advance)[0]
+
+
+def observe_emergence(patient: Patient) -> Emergence:
+    """The same from every layer of a loaded model, for a whole table."""
     from surgery.method.locate import agree
     from surgery.models.observe import layer_norms  # imports torch
 
-    if patient.streams:
-        return stream_model(patient).emergence
     prompts = [prompt.tokens for prompt in patient.prompts()]
     with patient.reporter.bar("Locating the ME Layer", len(prompts)) as advance:
         return agree(layer_norms(patient.model, patient.anatomy, prompts, advance))

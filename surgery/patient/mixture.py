@@ -47,7 +47,9 @@ class Mixture:
 def alternating(one: Sequence[list[int]], other: Sequence[list[int]]) -> list[list[int]]:
     """Two lists as one, in which the same share of each comes early."""
     places = [
-        ((n + 0.5) / len(found), found[n]) for found in (one, other) for n in range(len(found))
+        ((number + 0.5) / len(found), sequence)
+        for found in (one, other)
+        for number, sequence in enumerate(found)
     ]
     return [sequence for _, sequence in sorted(places, key=lambda pair: pair[0])]
 

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,12 +19,14 @@ from shared import THREADS, Run, made_once
 
 import surgery
 from surgery.files.checkpoint import Checkpoint
-from surgery.folds import calibrate, editing
+from surgery.folds import calibrate
 from surgery.folds.registry import make_edits
 from surgery.measure import quality
+from surgery.measure.stopping import Look
+from surgery.measure.trial import Edited, run_trial
 from surgery.method.mask import Mask, largest, mask_size, target_layers
-from surgery.models import masking
 from surgery.models.anatomy import describe, effective_gain
+from surgery.models.ground import Loaded
 from surgery.models.observe import sink_magnitudes
 from surgery.outputs.manifest import read_manifest
 from surgery.patient.patient import Patient
@@ -145,23 +146,14 @@ def test_figures_of_the_method(subject: Patient, scope: str, select: str) -> Non
         scores = sink_magnitudes(model, anatomy, targets, calibration)
     chosen = {layer: prototype_order(scores[layer], size) for layer in targets}
     mask = Mask(anatomy.hidden_size, select, 1.0, chosen)
-    sinks, leaks = calibrate.sink_directions(model, anatomy, checkpoint, mask, calibration)
-    weights = {
-        "norm": editing.EditedWeights(model, checkpoint, make_edits(anatomy, mask, "norm")),
-        "sink": editing.EditedWeights(model, checkpoint, make_edits(anatomy, mask, "sink", sinks)),
-    }
-    measured = quality.measure(
-        model,
-        anatomy,
-        text,
-        targets[0],
-        {
-            "base": nullcontext,
-            "reference": lambda: masking.masked(model, anatomy, mask),
-            "norm": weights["norm"].active,
-            "sink": weights["sink"].active,
-        },
-    )
+    ground = Loaded(model, anatomy)
+    sinks, leaks = calibrate.sink_directions(ground, checkpoint, mask, calibration)
+    measured = {}
+    for fold in ("norm", "sink"):
+        edits = make_edits(anatomy, mask, fold, sinks)
+        trial = run_trial(ground, Edited(checkpoint, mask, edits), text)
+        found = quality.summary(trial, Look(0.0, 0.0, 0.0), 1, None, subject.tokenizer)
+        measured |= {"base": found["base"], "reference": found["reference"], fold: found["folded"]}
     hook, norm, sink = TABLE[scope, select]
     assert measured["base"].perplexity == pytest.approx(BASE, rel=0.01)
     assert measured["reference"].perplexity == pytest.approx(hook, rel=0.01)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import more_models
+import numpy as np
 import pytest
 import torch
 from more_models import CASES, DEPTH, HIDDEN, Case
@@ -25,12 +26,17 @@ import surgery
 from surgery.errors import BadCheckpoint, Unsupported
 from surgery.files.checkpoint import Checkpoint
 from surgery.folds.calibrate import sink_directions
+from surgery.folds.editing import EditedWeights
 from surgery.folds.registry import FOLDS, make_edits
+from surgery.measure.trial import PAIRS, VARIANTS, Edited, run_trial
 from surgery.method.locate import agree
 from surgery.method.mask import Mask, attention_targets, largest
 from surgery.models import families, stream
 from surgery.models.anatomy import Anatomy, effective_gain
+from surgery.models.discovery import decoder_layers
 from surgery.models.families import MULTIMODAL, family_of
+from surgery.models.ground import Loaded
+from surgery.models.lending import Lender
 from surgery.models.loading import load_model, load_tokenizer
 from surgery.models.masking import masked
 from surgery.models.observe import layer_norms, pad, sink_magnitudes
@@ -181,7 +187,8 @@ def test_supported(name: str, tmp_path: Path) -> None:
     first = attention_targets(case.layer, anatomy.attends, "first")
     mask = replace(mask, dimensions={first[0]: mask.dimensions[first[0]]})
     calibration = texts.windows(tokenizer, texts.bundled("calibration"), 128, 2500)
-    sinks, leaks = sink_directions(model, anatomy, checkpoint, mask, calibration)
+    loaded = Loaded(model, anatomy)
+    sinks, leaks = sink_directions(loaded, checkpoint, mask, calibration)
     edits = make_edits(anatomy, mask, "sink", sinks)
     folded = load_model(write(checkpoint, edits, tmp_path / "sink"))
     readers = anatomy.at(first[0]).readers
@@ -200,6 +207,40 @@ def test_supported(name: str, tmp_path: Path) -> None:
         assert ordinary < 3 * leaks[first[0]].ordinary_rms * change < 0.5 * change
     every = load_model(write(checkpoint, make_edits(anatomy, mask, "qkv"), tmp_path / "every"))
     assert divergence(paper, sink) < divergence(paper, logits_of(every, ids, real))
+    journeys_agree(loaded, Edited(checkpoint, mask, edits, sinks), windows)
+
+
+def journeys_agree(loaded: Loaded, edited: Edited, windows: Sequence[Sequence[int]]) -> None:
+    """Base, hook and fold through the layers, from memory and from the files, as in whole runs."""
+    model, anatomy = loaded.model, loaded.anatomy
+    ids, real = pad(windows)
+    weights = EditedWeights(model, edited.checkpoint, edited.edits)
+    whole = {"base": logits_of(model, ids, real)}
+    with masked(model, anatomy, edited.mask):
+        whole["reference"] = logits_of(model, ids, real)
+    with weights.active():
+        whole["folded"] = logits_of(model, ids, real)
+    lengths = [len(window) for window in windows]
+    logs = {name: logits.double().log_softmax(-1).split(lengths) for name, logits in whole.items()}
+    lent = Lender(edited.checkpoint, anatomy)
+    answers = []
+    for ground in (loaded, lent):
+        trial = run_trial(ground, edited, windows)
+        answers.append(trial.answers[edited.mask.layers[0]])
+        for row, one in enumerate(trial.sequences):
+            length = len(one.ids)
+            for name in VARIANTS:
+                targets = torch.tensor(one.ids[1:])[:, None]
+                losses = -logs[name][row][: length - 1].gather(-1, targets)[:, 0]
+                np.testing.assert_allclose(one.losses[name], losses, rtol=1e-4, atol=1e-4)
+            for p, q in PAIRS:
+                known, other = logs[p][row], logs[q][row]
+                found = (known.exp() * (known - other)).sum(-1)
+                np.testing.assert_allclose(one.divergences[p, q], found, rtol=1e-2, atol=2e-6)
+    np.testing.assert_allclose(answers[0].ordinary, answers[1].ordinary, rtol=1e-2, atol=1e-5)
+    assert all(
+        parameter.is_meta for parameter in decoder_layers(lent.model, anatomy)[0].parameters()
+    )
 
 
 def write(checkpoint: Checkpoint, edits: Any, folder: Path) -> Path:

@@ -24,6 +24,7 @@ from surgery.folds.registry import FOLDS, make_edits
 from surgery.method.mask import Mask, largest
 from surgery.models import families
 from surgery.models.anatomy import Anatomy, describe, effective_gain
+from surgery.models.ground import Loaded
 from surgery.models.loading import load_model, load_tokenizer
 from surgery.models.masking import masked
 from surgery.models.observe import pad
@@ -62,7 +63,8 @@ class Patient:
         """Calibrated once, which must leave the model as it was."""
         base, tokenizer = self.logits(), load_tokenizer(self.checkpoint.folder)
         calibration = texts.windows(tokenizer, texts.bundled("calibration"), 128, 3000)
-        found = sink_directions(self.model, self.anatomy, self.checkpoint, self.mask, calibration)
+        ground = Loaded(self.model, self.anatomy)
+        found = sink_directions(ground, self.checkpoint, self.mask, calibration)
         assert torch.equal(self.logits(), base)
         return found
 
