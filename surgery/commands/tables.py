@@ -41,9 +41,8 @@ def tables(result: Any) -> Iterator[RenderableType]:
     a plan is shown without.
     """
     quality: Quality = result
-    table = titled(
-        f"Quality on {quality.tokens} held-out tokens, in sequences of up to {quality.longest}"
-    )
+    longest = quality.positions.longest
+    table = titled(f"Quality on {quality.tokens} held-out tokens, in sequences of up to {longest}")
     table.add_column("model")
     for heading in ("perplexity", "against base", "KL(reference ‖ ·)", "KL(base ‖ ·)"):
         table.add_column(heading, justify="right")

@@ -78,6 +78,7 @@ class Positions:
         largest: of any token.
         largest_at: its position.
         largest_token: the token itself.
+        longest: tokens of the longest sequence.
     """
 
     early: float
@@ -85,6 +86,7 @@ class Positions:
     largest: float
     largest_at: int
     largest_token: str
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,6 @@ class Quality:
         variants: in this order.
         tokens: in all.
         sequences: of these tokens.
-        longest: tokens of the longest sequence.
         interval: of the difference that the gate judges.
         positions: where the fold differs from the reference.
     """
@@ -103,7 +104,6 @@ class Quality:
     variants: tuple[Measured, ...]
     tokens: int
     sequences: int
-    longest: int
     interval: Interval
     positions: Positions
 
@@ -178,7 +178,6 @@ def summary(trial: Trial, found: Look, of: int, limit: float | None, tokenizer: 
         ),
         tokens,
         len(sequences),
-        max(len(one.ids) for one in sequences),
         Interval(found.mean, bounds[0], bounds[1], of, limit is not None and found.decides(limit)),
         _positions(sequences, tokenizer),
     )
@@ -196,6 +195,7 @@ def _positions(sequences: Sequence[Sequenced], tokenizer: Any) -> Positions:
         float(found[place][at]),
         at,
         tokenizer.decode([sequences[place].ids[at]]),
+        max(len(one.ids) for one in sequences),
     )
 
 

@@ -26,7 +26,7 @@ _TAGS = ("wemask", "surgery", "massive-activations")
 _SPOKEN = (
     *("rate", "scope", "fold", "select", "strength", "seed", "dtype", "max_degradation"),
     *("revision", "layer", "calibration", "check_tokens", "calibration_tokens", "layers"),
-    *("check", "form", "undo_file", "include", "force", "trust_remote_code"),
+    *("check", "fixed", "form", "undo_file", "include", "force", "trust_remote_code"),
 )
 _SELECT_WORDS = {
     "weight": "the largest norm gains, as in the paper",
@@ -242,7 +242,7 @@ def _quality_words(quality: QualityRecord) -> dict[str, Any]:
 
 def _interval_words(quality: QualityRecord) -> Iterator[str]:
     found = quality.get("interval")  # which earlier versions have not measured
-    if found and found["low"] is not None and found["high"] is not None:
+    if found and None not in (found["difference"], found["low"], found["high"]):
         yield (
             f"Loss of the folded weights against base: {found['difference']:+.4f} nats per token, "
             f"95 % interval {found['low']:+.4f} to {found['high']:+.4f} (over runs of 64 tokens; "
@@ -255,7 +255,7 @@ def _position_words(quality: QualityRecord) -> Iterator[str]:
     if found:
         late = "" if found["late"] is None else f", {_short(found['late'])} beyond"
         yield (
-            f"KL(reference ‖ folded) by position, in sequences of up to {quality['longest']} "
+            f"KL(reference ‖ folded) by position, in sequences of up to {found['longest']} "
             f"tokens: {_short(found['early'])} on the first 256{late}; the largest of a single "
             f"token is {_short(found['largest'])}, at position {found['largest_at']}."
         )

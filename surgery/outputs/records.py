@@ -70,6 +70,27 @@ class VariantRecord(TypedDict):
     kl_from_base: float | None
 
 
+class IntervalRecord(TypedDict):
+    """An `Interval` as data."""
+
+    difference: float | None
+    low: float | None
+    high: float | None
+    looks: int
+    decided: bool
+
+
+class PositionsRecord(TypedDict):
+    """A `Positions` as data."""
+
+    early: float | None
+    late: float | None
+    largest: float | None
+    largest_at: int
+    largest_token: str
+    longest: int
+
+
 class QualityRecord(TypedDict):
     """A `Quality` as data; also forced (bool) and leak_text (str)."""
 
@@ -77,9 +98,8 @@ class QualityRecord(TypedDict):
     tokens: int
     sequences: int
     # Which earlier versions have not measured.
-    longest: NotRequired[int]
-    interval: NotRequired[dict[str, Any]]
-    positions: NotRequired[dict[str, Any]]
+    interval: NotRequired[IntervalRecord]
+    positions: NotRequired[PositionsRecord]
 
 
 class CheckRecord(TypedDict):

@@ -24,7 +24,7 @@ OTHERS: dict[str, Any] = {
     **{"calibration_tokens": 100, "check": False, "check_tokens": 200, "max_degradation": 5.0},
     **{"force": True, "device": "cpu", "dtype": "float64", "trust_remote_code": True},
     **{"push_to_hub": "me/it", "undo_file": True, "form": "adapter"},
-    **{"include": ("docs/*", "a file.txt")},
+    **{"include": ("docs/*", "a file.txt"), "fixed": True, "stream": True},
 }
 
 
@@ -73,8 +73,8 @@ def test_the_command_on_the_card_says_every_setting(name: str) -> None:
     assert (program, command) == ("surgery", "convert")
     found = given(command, *words)
     kept = {field.name: found[field.name] for field in fields(Settings)}
-    local = Settings("my model", device=None, push_to_hub=None)
-    assert Settings(**kept) == (local if name in ("device", "push_to_hub") else settings)
+    local = Settings("my model", device=None, stream=None, push_to_hub=None)
+    assert Settings(**kept) == (local if name in ("device", "stream", "push_to_hub") else settings)
 
 
 def test_every_setting_has_another_value_here() -> None:
