@@ -43,6 +43,8 @@ RIDGE = 1e-3
 SECONDARY = 0.5
 # Tokens are kept back in runs of this many positions, one run of four: neighbours are alike.
 _RUN = 32
+# Tokens whose products are summed at a time.
+_ROWS = 256
 # Positions before this one are early; what is measured is told for both.
 EARLY = 256
 # Fewer secondary sinks than this say too little of their direction.
@@ -216,7 +218,7 @@ def _detector(
     tokens: Tokens, center: Array64, chosen: NDArray[np.bool_], ridge: float, *, nulled: bool
 ) -> Array64:
     ordinary = tokens.others[chosen & ~tokens.secondary] if nulled else tokens.others[chosen]
-    second_moment = ordinary.T @ ordinary / max(1, len(ordinary))
+    second_moment = _products(ordinary) / max(1, len(ordinary))
     null = tokens.others[chosen & tokens.secondary].mean(0) if nulled else None
     return detector(center, second_moment, ridge, null)
 
@@ -268,6 +270,20 @@ class Answers:
             secondary_largest=_largest(self.secondary),
             secondary_tokens=int(self.secondary.size),
         )
+
+
+def _products(x: Array64) -> Array64:
+    """xᵀx, the same to the last bit in every process and on any number of threads.
+
+    In torch, whose memory is aligned, and a few tokens at a time: a library may split a long sum
+    among its threads.
+    """
+    found = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+    for rows in torch.from_numpy(x).split(_ROWS):
+        aligned = rows.clone()
+        found += aligned.T @ aligned
+    products: Array64 = found.numpy()
+    return products
 
 
 def _rms(answers: Array64) -> float:

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 _SIMILAR = 1.5
 # Tokens of a batch, at most, unless one sequence is longer: bounds the memory of activations.
 _BATCH_TOKENS = 1024
+# Up to so many tokens short sequences share a batch however unlike they are. Few calls are faster,
+# and products of few rows come out otherwise on another number of threads, in the last bits.
+_FEW_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ def batches(sequences: Sequence[Sequence[int]], device: torch.device) -> Iterato
     """Sequences of similar length together."""
     group: list[tuple[int, Sequence[int]]] = []
     for pair in sorted(enumerate(sequences), key=lambda pair: len(pair[1])):
-        crowded = len(pair[1]) * (len(group) + 1) > _BATCH_TOKENS
-        if group and (crowded or len(pair[1]) > _SIMILAR * len(group[0][1])):
+        padded = len(pair[1]) * (len(group) + 1)
+        unlike = bool(group) and len(pair[1]) > _SIMILAR * len(group[0][1])
+        if group and (padded > _BATCH_TOKENS or (unlike and padded > _FEW_TOKENS)):
             yield _batch(group, device)
             group = []
         group.append(pair)
