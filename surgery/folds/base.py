@@ -29,9 +29,9 @@ class Leak:
         secondary_rms: as `ordinary_rms`, over secondary sinks; 0 where there are none.
         secondary_largest: as `ordinary_largest`, likewise.
         secondary_tokens: number of secondary sinks.
-        plain: root mean square over all tokens but the first, of calibration text kept back, of
-            the detector without a null on secondary sinks.
-        null: the same with one; None where none was tried.
+        plain: KL(reference ‖ folded) on calibration text kept back, nats per token, of detectors
+            without a null on secondary sinks in any layer; None where none was compared.
+        null: the same of detectors with one. The smaller of the two decides.
     """
 
     ordinary_rms: float

@@ -8,7 +8,7 @@ spot, so every later layer sees the model edited so far.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -26,8 +26,10 @@ from surgery.folds.rank_one import rank_one_edits
 from surgery.method.algebra import detector
 from surgery.method.locate import STANDS_OUT
 from surgery.method.mask import Mask
+from surgery.models.distributions import compare_streams
 from surgery.models.ground import Ground
 from surgery.models.journey import Stream
+from surgery.models.masking import step_masked
 
 if TYPE_CHECKING:
     from surgery.patient.patient import Patient
@@ -41,8 +43,6 @@ RIDGE = 1e-3
 # which an emergence counts as lasting. Beside a layer-0 emergence a multiple of the median would
 # catch hundreds of ordinary tokens.
 SECONDARY = 0.5
-# Tokens are kept back in runs of this many positions, one run of four: neighbours are alike.
-_RUN = 32
 # Tokens whose products are summed at a time.
 _ROWS = 256
 # Positions before this one are early; what is measured is told for both.
@@ -54,12 +54,60 @@ Array64 = NDArray[np.float64]
 
 
 def calibrate(patient: Patient, mask: Mask) -> Calibration:
-    """The sink direction of every target layer, in order, on the patient's calibration text."""
-    sequences = patient.calibration_mixture().sequences
+    """The sink direction of every target layer, in order, on the patient's calibration text.
+
+    Where the text holds secondary sinks, detectors with a null on them are made, too, and of the
+    two those are taken whose fold is nearer to the paper's mask on a window kept back.
+    """
+    text, kept_back = patient.calibration_text()
+    ground, checkpoint = patient.ground, patient.plain
     with patient.reporter.bar("Calibrating the sink direction", len(mask.layers)) as advance:
-        return Calibration(
-            *sink_directions(patient.ground, patient.plain, mask, sequences, progress=advance)
-        )
+        plain = Calibration(*sink_directions(ground, checkpoint, mask, text, progress=advance))
+    found = max(leak.secondary_tokens for leak in plain.leaks.values())
+    if found < _FEWEST or not kept_back:
+        return plain
+    logger.info("%d secondary sinks in the calibration text", found)
+    with patient.reporter.bar("Comparing with a null on secondary sinks", 3) as advance:
+        nulled = Calibration(*sink_directions(ground, checkpoint, mask, text, nulled=True))
+        advance(1)
+        figures = []
+        for one in (plain, nulled):
+            figures.append(distance(ground, checkpoint, mask, one.directions, kept_back))
+            advance(1)
+    chosen = nulled if figures[1] < figures[0] else plain
+    leaks = {
+        layer: replace(leak, plain=figures[0], null=figures[1])
+        for layer, leak in chosen.leaks.items()
+    }
+    return Calibration(chosen.directions, leaks)
+
+
+def distance(
+    ground: Ground,
+    checkpoint: Checkpoint,
+    mask: Mask,
+    directions: Mapping[int, SinkDirection],
+    sequences: Sequence[Sequence[int]],
+) -> float:
+    """KL(reference ‖ folded) of sink directions on some text, nats per token."""
+    reference = towards(ground, sequences, mask.layers[0])
+    folded = reference.fork()
+    for index in range(mask.layers[0], ground.anatomy.depth):
+        with ground.layer(index) as layer:
+            step_masked(ground, mask, reference, index, layer)
+            edits: tuple[RankOne, ...] = ()
+            if index in directions:
+                edits = tuple(rank_one_edits(ground.anatomy, mask, index, directions[index]))
+            with EditedWeights(ground.model, checkpoint, edits).active():
+                folded.step(index, layer)
+    pair = ("reference", "folded")
+    streams = {"reference": reference, "folded": folded}
+    found = compare_streams(ground, streams, [pair])
+    kls = [
+        one.divergence(pair)[batch.real]
+        for one, batch in zip(found, reference.batches, strict=True)
+    ]
+    return float(torch.cat(kls).mean())
 
 
 @dataclass(frozen=True)
@@ -70,14 +118,12 @@ class Tokens:
         first: of the sequences' first tokens, [sequences, D].
         others: of all others that are no padding, [tokens, D].
         secondary: which of the others are secondary sinks, bool [tokens].
-        kept_back: which of the others no detector is made from, where two are compared, likewise.
         positions: of the others in their sequences, [tokens].
     """
 
     first: Array64
     others: Array64
     secondary: NDArray[np.bool_]
-    kept_back: NDArray[np.bool_]
     positions: NDArray[np.int64]
 
 
@@ -88,6 +134,7 @@ def sink_directions(
     sequences: Sequence[Sequence[int]],
     *,
     start: Stream | None = None,
+    nulled: bool = False,
     ridge: float = RIDGE,
     progress: Callable[[int], None] = lambda _done: None,
 ) -> tuple[dict[int, SinkDirection], dict[int, Leak]]:
@@ -99,6 +146,7 @@ def sink_directions(
         mask: S of each target layer.
         sequences: token ids, each beginning like a prompt.
         start: what `towards` gave for these sequences, when it is known.
+        nulled: whether the detectors have a null on secondary sinks, where there are any.
         ridge: as `method.algebra.detector` takes it.
         progress: called with 1 after each target layer.
 
@@ -115,7 +163,9 @@ def sink_directions(
             edits: tuple[RankOne, ...] = ()
             if index in mask.layers:
                 tokens = tokens_at(stream, index, layer)
-                directions[index], leaks[index] = direction(tokens, mask.dimensions[index], ridge)
+                directions[index], leaks[index] = direction(
+                    tokens, mask.dimensions[index], ridge, nulled=nulled
+                )
                 progress(1)
                 edits = tuple(rank_one_edits(ground.anatomy, mask, index, directions[index]))
             if index < mask.layers[-1]:
@@ -178,49 +228,32 @@ def tokens_at(stream: Stream, index: int, layer: torch.nn.Module) -> Tokens:
                 wide[:, 0].cpu().numpy(),
                 wide[others].cpu().numpy(),
                 secondary_sinks(states, batch.real)[others].cpu().numpy(),
-                (positions // _RUN % 4 == 3).cpu().numpy(),
                 positions.cpu().numpy(),
             )
         )
     return Tokens(
         *(
             np.concatenate([getattr(part, name) for part in parts])
-            for name in ("first", "others", "secondary", "kept_back", "positions")
+            for name in ("first", "others", "secondary", "positions")
         )
     )
 
 
 def direction(
-    tokens: Tokens, dimensions: Sequence[int], ridge: float = RIDGE
+    tokens: Tokens, dimensions: Sequence[int], ridge: float = RIDGE, *, nulled: bool = False
 ) -> tuple[SinkDirection, Leak]:
     """The sink direction of one layer, and its leak on the tokens that it is made from.
 
-    Where there are secondary sinks, a detector with a null on them and one that takes them for
-    ordinary tokens are made from three quarters of the tokens, and the one that answers less to
-    the last quarter is made again from all.
+    Secondary sinks count as ordinary tokens, unless the detector has a null on them.
     """
     center = tokens.first.mean(0)
-    plain = null = None
-    nulled = False
-    if tokens.secondary.sum() >= _FEWEST:
-        fitted, kept = ~tokens.kept_back, tokens.others[tokens.kept_back]
-        plain = _rms(kept @ _detector(tokens, center, fitted, ridge, nulled=False))
-        if (tokens.secondary & fitted).any():
-            null = _rms(kept @ _detector(tokens, center, fitted, ridge, nulled=True))
-            nulled = null < plain
-    everything = np.ones(len(tokens.others), dtype=bool)
-    v = _detector(tokens, center, everything, ridge, nulled=nulled).astype(np.float32)
-    found = SinkDirection(center[list(dimensions)].astype(np.float32), v)
-    return found, replace(Answers.of(tokens, v).leak, plain=plain, null=null)
-
-
-def _detector(
-    tokens: Tokens, center: Array64, chosen: NDArray[np.bool_], ridge: float, *, nulled: bool
-) -> Array64:
-    ordinary = tokens.others[chosen & ~tokens.secondary] if nulled else tokens.others[chosen]
+    nulled &= bool(tokens.secondary.sum() >= _FEWEST)
+    ordinary = tokens.others[~tokens.secondary] if nulled else tokens.others
+    null = tokens.others[tokens.secondary].mean(0) if nulled else None
     second_moment = _products(ordinary) / max(1, len(ordinary))
-    null = tokens.others[chosen & tokens.secondary].mean(0) if nulled else None
-    return detector(center, second_moment, ridge, null)
+    v = detector(center, second_moment, ridge, null).astype(np.float32)
+    found = SinkDirection(center[list(dimensions)].astype(np.float32), v)
+    return found, Answers.of(tokens, v).leak
 
 
 @dataclass(frozen=True)

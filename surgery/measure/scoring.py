@@ -281,7 +281,7 @@ class Scorer:
         return {first: SinkDirection(whole.center[list(mask.dimensions[first])], whole.detector)}
 
     def _calibrate(self, mask: Mask) -> dict[int, SinkDirection]:
-        sequences = self._patient.calibration_mixture().sequences
+        sequences, _ = self._patient.calibration_text()
         ground = Loaded(self._patient.model, self._anatomy)
         if self._calibration_start is None:
             self._calibration_start = towards(ground, sequences, self._every_target[0])

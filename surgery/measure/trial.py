@@ -8,18 +8,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from surgery.files.checkpoint import Checkpoint
 from surgery.folds.calibrate import Answers, tokens_at
 from surgery.folds.editing import EditedWeights
 from surgery.folds.edits import Edit, SinkDirection
-from surgery.measure.blocks import Distributions
 from surgery.method.mask import Mask
+from surgery.models.distributions import compare_streams
 from surgery.models.ground import Ground
-from surgery.models.journey import Batch, Stream
-from surgery.models.masking import masking_layer
+from surgery.models.journey import Stream
+from surgery.models.masking import step_masked
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ def run_trial(
     streams, answers = travel(ground, edited, sequences, progress=progress)
     found: list[Sequenced | None] = [None] * len(sequences)
     for batch, measured in zip(
-        streams["base"].batches, distributions(ground, streams), strict=True
+        streams["base"].batches, compare_streams(ground, streams, PAIRS), strict=True
     ):
         for row, (place, length) in enumerate(zip(batch.places, batch.lengths, strict=True)):
             found[place] = Sequenced(
@@ -128,7 +127,7 @@ def travel(
         with ground.layer(index) as layer:
             base.step(index, layer)
             if index >= first:
-                _reference(ground, edited, streams["reference"], index, layer)
+                step_masked(ground, mask, streams["reference"], index, layer, edited.tokens)
                 folded = streams["folded"]
                 if index in edited.directions:
                     v = edited.directions[index].detector
@@ -139,29 +138,3 @@ def travel(
                     folded.step(index, layer)
         progress(tokens)
     return streams, answers
-
-
-def _reference(
-    ground: Ground, edited: Edited, stream: Stream, index: int, layer: torch.nn.Module
-) -> None:
-    every = edited.tokens == "every"
-    places = [torch.ones_like(batch.first) if every else batch.first for batch in stream.batches]
-    with masking_layer(ground.model, ground.anatomy, edited.mask, index) as at:
-        stream.step(index, layer, each=lambda number: at(places[number]))
-
-
-def distributions(ground: Ground, streams: Mapping[str, Stream]) -> list[Distributions]:
-    """Of each batch, the next-token distributions of every variant, at all positions."""
-    found = [Distributions(PAIRS) for _ in streams["base"].batches]
-    targets = [_targets(batch) for batch in streams["base"].batches]
-    for block in ground.head_blocks():
-        logits = zip(*(streams[name].logits(block) for name in VARIANTS), strict=True)
-        for number, of_batch in enumerate(logits):
-            some = dict(zip(VARIANTS, of_batch, strict=True))
-            found[number].add(some, block.begin, targets[number])
-    return found
-
-
-def _targets(batch: Batch) -> torch.Tensor:
-    """Each position's next token; 0 at the last, whose loss nobody asks for."""
-    return torch.nn.functional.pad(batch.ids[:, 1:], (0, 1))

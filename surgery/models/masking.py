@@ -23,6 +23,8 @@ from surgery.method.mask import TOKENS, Mask, attention_targets, largest, mask_s
 from surgery.models.anatomy import Anatomy
 from surgery.models.discovery import Decoder, decoder_of
 from surgery.models.families import family_of
+from surgery.models.ground import Ground
+from surgery.models.journey import Stream
 from surgery.models.observe import attention_input, hooked
 
 logger = logging.getLogger(__name__)
@@ -97,27 +99,38 @@ def wemask(
         yield
 
 
-@contextmanager
-def masking_layer(
-    model: Any, anatomy: Anatomy, mask: Mask, layer: int
-) -> Iterator[Callable[[torch.Tensor], None]]:
-    """The mask in one layer, for who runs the layers one by one; nothing where it is no target.
+def step_masked(
+    ground: Ground,
+    mask: Mask,
+    stream: Stream,
+    index: int,
+    layer: torch.nn.Module,
+    tokens: str = "first",
+) -> None:
+    """Run a stream through a layer under the mask, if that layer is one of its targets.
 
-    Yields:
-        A function that takes where the tokens to mask are in the next run, bool [B, T].
+    Args:
+        ground: the model.
+        mask: S of each target layer, and γ.
+        stream: at the input of the layer.
+        index: of the layer.
+        layer: with its parameters.
+        tokens: "first" or "every", as `wemask` takes it.
     """
+    if index not in mask.layers:
+        stream.step(index, layer)
+        return
     held: list[torch.Tensor] = []
+    firsts = [batch.first for batch in stream.batches]
 
-    def at(positions: torch.Tensor) -> None:
-        held[:] = [positions]
+    def hold(number: int) -> None:
+        first = firsts[number]
+        held[:] = [torch.ones_like(first) if tokens == "every" else first]
 
-    handles = []
-    if layer in mask.layers:
-        attention = model.get_submodule(anatomy.at(layer).attention)
-        edit = _edit(mask, layer, "first", set(), held, None)
-        handles.append(attention.register_forward_pre_hook(edit, with_kwargs=True))
-    with hooked(handles):
-        yield at
+    attention = ground.model.get_submodule(ground.anatomy.at(index).attention)
+    edit = _edit(mask, index, "first", set(), held, None)
+    with hooked([attention.register_forward_pre_hook(edit, with_kwargs=True)]):
+        stream.step(index, layer, each=hold)
 
 
 def masked(

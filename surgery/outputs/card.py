@@ -245,7 +245,7 @@ def _interval_words(quality: QualityRecord) -> Iterator[str]:
     if found and None not in (found["difference"], found["low"], found["high"]):
         yield (
             f"Loss of the folded weights against base: {found['difference']:+.4f} nats per token, "
-            f"95 % interval {found['low']:+.4f} to {found['high']:+.4f} (over runs of 64 tokens; "
+            f"95 % interval {found['low']:+.4f} to {found['high']:+.4f} (over sequences; "
             "it holds at every look, so that the measurement could end when it was clear)."
         )
 

@@ -60,6 +60,8 @@ def mix(
     limit: int,
     context: int,
     rows: int | None = None,
+    *,
+    spare: int = 0,
 ) -> Mixture:
     """About `limit` tokens: a third in long windows, a third as chats, the rest in short ones.
 
@@ -72,6 +74,7 @@ def mix(
         limit: tokens in all, at most about.
         context: tokens that the model takes.
         rows: of the model's embedding; None where that is not known.
+        spare: long windows beyond the limit, where there are any.
 
     Raises:
         BadCheckpoint: where a token has no row in the embedding.
@@ -80,6 +83,8 @@ def mix(
     length = min(LONG_WINDOW, context, limit // 2)
     wanted_long = max(1, limit // 3 // length) * length if length > WINDOW else 0
     wanted_chats = min(limit // 3, (limit - wanted_long) // 2) if has_template(tokenizer) else 0
+    if wanted_long:
+        wanted_long, limit = wanted_long + spare * length, limit + spare * length
     shares = (limit - wanted_long - wanted_chats, wanted_chats, wanted_long)
     parts = _parts(texts, shares)
     usual = min(WINDOW, context)

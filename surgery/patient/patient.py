@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -218,16 +218,25 @@ class Patient:
             chosen = sorted(chosen, key=lambda text: len(text.text) > _LONG)
         return self.windows(chosen, self.loading.calibration_tokens)
 
-    def calibration_mixture(self) -> Mixture:
-        """Calibration text for a detector: also chats, and windows that have late tokens."""
-        return self._mixed(self._calibration_texts(), self.loading.calibration_tokens)
+    def calibration_text(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Calibration text for a detector, also chats and late tokens; and a window kept back.
+
+        The second is empty where the text is too short for one.
+        """
+        tokens = self.loading.calibration_tokens
+        found = self._mixed(self._calibration_texts(), tokens, spare=1)
+        long, spare = found.long[:-1], found.long[-1:]
+        if not long:
+            long, spare = spare, []
+        return replace(found, long=long).sequences, spare
 
     def held_out_mixture(self, limit: int) -> Mixture:
         """Held-out text for the gate, about `limit` tokens: also chats, and late tokens."""
         return self._mixed(texts.bundled("heldout"), limit)
 
-    def _mixed(self, chosen: list[Text], limit: int) -> Mixture:
-        return mix(self.tokenizer, chosen, limit, self._longest(LONG_WINDOW), self.vocabulary)
+    def _mixed(self, chosen: list[Text], limit: int, spare: int = 0) -> Mixture:
+        longest = self._longest(LONG_WINDOW)
+        return mix(self.tokenizer, chosen, limit, longest, self.vocabulary, spare=spare)
 
     def held_out(
         self, limit: int, length: int | None = None, text: str | None = None

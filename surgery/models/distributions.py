@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from surgery.models.ground import Ground
+from surgery.models.journey import Batch, Stream
+
 Pair = tuple[str, str]
 
 
@@ -75,3 +78,29 @@ class Distributions:
         p, q = pair
         normalisers = self._normaliser(q) - self._normaliser(p)
         return self._crossed[pair] / self._sums[p] + normalisers
+
+
+def compare_streams(
+    ground: Ground, streams: Mapping[str, Stream], pairs: Sequence[Pair]
+) -> list[Distributions]:
+    """Of each batch, the next-token distributions of streams that have passed the last layer.
+
+    Args:
+        ground: the model.
+        streams: of the same sequences, by name.
+        pairs: of names whose divergence is wanted.
+    """
+    of_batches = next(iter(streams.values())).batches
+    found = [Distributions(pairs) for _ in of_batches]
+    targets = [_targets(batch) for batch in of_batches]
+    for block in ground.head_blocks():
+        logits = zip(*(stream.logits(block) for stream in streams.values()), strict=True)
+        for number, of_batch in enumerate(logits):
+            some = dict(zip(streams, of_batch, strict=True))
+            found[number].add(some, block.begin, targets[number])
+    return found
+
+
+def _targets(batch: Batch) -> torch.Tensor:
+    """Each position's next token; 0 at the last, whose loss nobody asks for."""
+    return torch.nn.functional.pad(batch.ids[:, 1:], (0, 1))
