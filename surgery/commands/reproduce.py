@@ -13,10 +13,16 @@ from surgery.commands.options import UserPath, output_options, settings
 @click.command()
 @click.argument("folder", metavar="DIR", type=UserPath(path_type=Path))
 @click.option("--base", metavar="MODEL", help="The base, when it is not where the manifest says.")
+@settings("stream")
 @settings("trust_remote_code", help="Run the checkpoint's own Python code.")
 @output_options
 def command(
-    folder: Path, base: str | None, trust_remote_code: bool, as_json: bool, quiet: bool
+    folder: Path,
+    base: str | None,
+    stream: bool | None,
+    trust_remote_code: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Convert again from the manifest in DIR and compare every hash; DIR may be a .gguf file."""
     from surgery.commands.tables import titled
@@ -26,7 +32,9 @@ def command(
     from surgery.jobs.reproduce import reproduce
 
     terminal = Terminal(quiet=quiet, as_json=as_json)
-    result = reproduce(folder, base=base, trust_remote_code=trust_remote_code, reporter=terminal)
+    result = reproduce(
+        folder, base=base, stream=stream, trust_remote_code=trust_remote_code, reporter=terminal
+    )
     table = titled("Reproduction")
     for heading in ("file", "recorded sha256", "repeated"):
         table.add_column(heading)

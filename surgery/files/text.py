@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ def read_text(path: Path) -> str:
     if path.exists() and not path.is_file():
         raise ValueError("it is no file")
     with open(path, "rb") as file:
-        raw = file.read(LARGEST_TEXT + 1)
+        # Python takes memory for all that is asked for; what reports no size may hold anything.
+        size = os.fstat(file.fileno()).st_size or LARGEST_TEXT
+        raw = file.read(min(size, LARGEST_TEXT) + 1)
     if len(raw) > LARGEST_TEXT:
         raise ValueError(f"it is larger than {LARGEST_TEXT // 2**20} MiB")
     return raw.decode("utf-8")

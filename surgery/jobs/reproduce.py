@@ -39,6 +39,7 @@ def reproduce(
     folder: str | Path,
     *,
     base: str | None = None,
+    stream: bool | None = None,
     trust_remote_code: bool = False,
     reporter: Reporter = SILENT,
 ) -> Reproduction:
@@ -48,6 +49,7 @@ def reproduce(
         folder: a converted checkpoint, or a .gguf file, which holds its manifest. The repeated one
             is written beside it and removed again.
         base: the base model, when it is not where the manifest says.
+        stream: whether the base runs layer by layer; None for what suits its size.
         trust_remote_code: whether the base's own Python code may run.
         reporter: whom to tell.
 
@@ -70,6 +72,7 @@ def reproduce(
     options |= {
         "model": review.source,
         "calibration": review.calibration,
+        "stream": stream,
         "revision": found.commit if found.kind == "hub" else None,
     }
     with temporary_sibling(path.with_name(f"{path.name}.again")) as temporary:

@@ -16,6 +16,7 @@ def verify(
     *,
     base: str | None = None,
     device: str | None = None,
+    stream: bool | None = None,
     trust_remote_code: bool = False,
     reporter: Reporter = SILENT,
 ) -> Verification:
@@ -25,6 +26,7 @@ def verify(
         folder: a converted checkpoint, an adapter, or a .gguf file, which holds its manifest.
         base: the base model, when it is not where the manifest says.
         device: to compare logits on; None for the best there is.
+        stream: whether base and output run layer by layer; None for what suits their size.
         trust_remote_code: whether the base's own Python code may run.
         reporter: whom to tell.
 
@@ -37,5 +39,5 @@ def verify(
     """
     path = expanded(folder)
     kind, manifest = opened(path)
-    review = Review(path, manifest, base, device, trust_remote_code, reporter)
+    review = Review(path, manifest, base, device, trust_remote_code, reporter, stream)
     return Verification(tuple(kind.checks(review)))

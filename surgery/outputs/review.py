@@ -26,6 +26,7 @@ class Review:
         device: to compare logits on; None for the best there is.
         trust_remote_code: whether the base's own Python code may run.
         reporter: whom to tell.
+        stream: as `Loading` has it.
     """
 
     path: Path
@@ -34,6 +35,7 @@ class Review:
     device: str | None = None
     trust_remote_code: bool = False
     reporter: Reporter = SILENT
+    stream: bool | None = None
 
     @cached_property
     def places(self) -> Places:
@@ -97,5 +99,6 @@ class Review:
             device=self.device,
             calibration=self.calibration,
             trust_remote_code=self.trust_remote_code,
+            stream=self.stream,
         )
         return Patient(checkpoint or self.checkpoint, loading, self.reporter)
