@@ -11,7 +11,7 @@ QUANTISERS := auto-round==0.16.1 llmcompressor==0.14.0.1 gptqmodel==7.7.0 optimu
   torchao==0.18.0 defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 loguru==0.7.3 ninja==1.13.2 \
   nvidia-ml-py==13.615.71 py-cpuinfo==9.0.0 pypcre==0.6.4 tokenicer==0.0.14
 
-.PHONY: demo test test-full test-runtimes test-packages lint benchmark soak fuzz mutants clean
+.PHONY: demo test test-full test-runtimes test-packages test-gpu lint benchmark soak fuzz mutants clean
 
 # Convert an embedded real model, load it with stock transformers, and let both speak.
 demo: $(VENV)/ready
@@ -36,6 +36,10 @@ test-runtimes: $(VENV)/ready-runtimes
 test-packages: $(VENV)/ready-test
 	$(PIP) --no-deps --upgrade --target $(WRITERS) $(QUANTISERS)
 	PYTHONPATH=$(WRITERS) $(BIN)/python -m pytest -m packages tests/patient/test_quantised.py
+
+# An accelerator's figures against the processor's, on tiny models; skipped where there is none.
+test-gpu: $(VENV)/ready-test
+	$(BIN)/python -m pytest -m gpu tests/models/test_gpu.py
 
 # Commands stopped at random moments, for an hour.
 soak: $(VENV)/ready-test

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 @settings("rate", help="Share of the dimensions in the evidence: the largest gains, and the mask.")
 @click.option(
     "--stream/--no-stream",
+    " /--load",
     default=None,
     help="Run layer by layer from the files, or load the model whole.  "
-    "[default: stream what is on the Hub, or larger than 8 GB]",
+    "[default: stream what is on the Hub, or larger than 1 GB]",
 )
 @click.option("--all-layers", is_flag=True, help="Stream to the last layer, for a whole table.")
 @click.option(

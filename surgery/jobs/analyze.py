@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from surgery.models.stream import Streamed
 
 # Checkpoints above this size (bytes) are analysed layer by layer instead of being loaded whole.
-STREAM_ABOVE = 8_000_000_000
+STREAM_ABOVE = 1_000_000_000
 
 
 @dataclass(frozen=True)
