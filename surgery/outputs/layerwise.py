@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import SurgeryError, first_line
 from surgery.files.checkpoint import Origin, open_checkpoint
-from surgery.files.memory import available
 from surgery.folds.base import Fold
 from surgery.folds.edits import Edit
 from surgery.method.mask import Mask
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Share of the available memory that a stock load with offload to the disk may hold.
-_STOCK_SHARE = 0.5
+# Decoder layers, as they are stored, that a stock load with offload to the disk may hold.
+_HELD_LAYERS = 2
 # KL, in nats per token, between bfloat16 (or float16) and float32 arithmetic on the same weights.
 _NARROW = 2e-2
 
@@ -101,7 +102,7 @@ def stock_from_disk(
     if find_spec("accelerate") is None:
         return "accelerate is not installed (pip install accelerate)"
     ids, real = pad(sequences)
-    room: Mapping[Any, int] = {"cpu": int(_STOCK_SHARE * available())}
+    room: Mapping[Any, int] = {"cpu": _HELD_LAYERS * _largest_layer(patient)}
     with tempfile.TemporaryDirectory(prefix="surgery-") as offload:
         try:
             with quiet():
@@ -129,3 +130,13 @@ def stock_from_disk(
         f"{type(model).__name__} in {str(model.dtype).removeprefix('torch.')} from the disk; "
         f"KL from the same weights layer by layer {distance:.1e}, allowed {allowed:.0e}",
     )
+
+
+def _largest_layer(patient: Patient) -> int:
+    """Bytes of the largest decoder layer, as it is stored."""
+    sizes: Counter[str] = Counter()
+    for name, entry in patient.plain.tensors.items():
+        found = re.match(r"(.*\.\d+)\.", name)
+        if found is not None:
+            sizes[found[1]] += entry.size
+    return max(sizes.values(), default=patient.plain.size)
