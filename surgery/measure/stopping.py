@@ -1,7 +1,8 @@
 """When enough text has been measured to say on which side of a limit a fold lies.
 
-The mean difference in loss between fold and base is looked at after about 512 tokens, 1024, 2048
-and so on. Student's t intervals at every look, each at the level 1 - α / looks, all hold together
+The mean difference in loss between fold and base is looked at after about 768 tokens, then each
+time that half as many have come in addition, and before a long text that costs as much as all
+before it. Student's t intervals at every look, each at the level 1 - α / looks, all hold together
 with probability 1 - α (Bonferroni's inequality; a group-sequential design as in Jennison and
 Turnbull, Group Sequential Methods, 2000, with equal shares of α). So a measurement may end at the
 first look whose interval lies wholly on one side of the limit, which looking at plain 95 %
@@ -18,14 +19,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from surgery.measure.statistics import LEVEL, ratio
 
-# Tokens before the first look, at least.
-FEWEST = 512
+# Tokens before the first look, at least: two or three observations give no usable interval.
+FEWEST = 768
+# Tokens at a look, of those at the look before.
+_GROWTH = 1.5
 # Predicted tokens in one observation.
 RUN = 256
 
@@ -54,14 +58,15 @@ def looks(lengths: Sequence[int], fewest: int = FEWEST) -> list[int]:
 
     Args:
         lengths: of the sequences, in tokens, in the order in which they are measured.
-        fewest: tokens before the first look, at least; each later one has twice as many.
+        fewest: tokens before the first look, at least; each later one has half as many more, or
+            stands before a sequence as long as all before it.
     """
-    found, total, wanted = [], 0, fewest
-    for count, length in enumerate(lengths, 1):
+    found, total, wanted = [], 0, float(fewest)
+    for count, (length, following) in enumerate(pairwise(lengths), 1):
         total += length
-        if total >= wanted and count < len(lengths):
+        if total >= wanted or (total >= fewest and following >= total):
             found.append(count)
-            wanted = 2 * total
+            wanted = _GROWTH * total
     return [*found, len(lengths)]
 
 

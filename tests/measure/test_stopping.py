@@ -14,11 +14,13 @@ LIMIT = math.log(1.1)
 Array64 = NDArray[np.float64]
 
 
-def test_looks_double() -> None:
-    assert looks([256] * 16) == [2, 4, 8, 16]
-    assert looks([2048, *[256] * 8]) == [1, 9]
+def test_looks() -> None:
+    assert looks([256] * 16) == [3, 5, 8, 12, 16]
+    assert looks([2048, *[256] * 8]) == [1, 5, 9]
     assert looks([100]) == [1]
     assert looks([300, 300]) == [2]
+    # Before a long text that costs as much as all before it.
+    assert looks([*[256] * 4, 2048]) == [3, 4, 5]
 
 
 def sequences(
