@@ -35,6 +35,7 @@ from surgery.measure.task_settings import TaskSettings
 @settings("revision", help="Branch, tag or commit of a Hub BASE.")
 @settings("device", help="Such as cpu or cuda:0.  [default: best]")
 @settings("dtype", help="That all models run in.")
+@settings("stream", help="Measure text layer by layer from the files, or load models whole.")
 @settings("trust_remote_code", help="Run the checkpoints' own Python code. Read it first.")
 @click.option(
     "--output",

@@ -26,7 +26,7 @@ from surgery.folds.rank_one import rank_one_edits
 from surgery.method.algebra import detector
 from surgery.method.locate import STANDS_OUT
 from surgery.method.mask import Mask
-from surgery.models.distributions import compare_streams
+from surgery.models.distributions import compare_runs
 from surgery.models.ground import Ground
 from surgery.models.journey import Stream
 from surgery.models.masking import step_masked
@@ -102,7 +102,7 @@ def distance(
                 folded.step(index, layer)
     pair = ("reference", "folded")
     streams = {"reference": reference, "folded": folded}
-    found = compare_streams(ground, streams, [pair])
+    found = compare_runs(streams, [pair])
     kls = [
         one.divergence(pair)[batch.real]
         for one, batch in zip(found, reference.batches, strict=True)

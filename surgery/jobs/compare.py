@@ -14,6 +14,7 @@ from surgery.errors import BadCheckpoint, BadSettings, Unsupported
 from surgery.files.checkpoint import Checkpoint
 from surgery.files.digests import file_sha256
 from surgery.files.generated import MANIFEST
+from surgery.files.weights import method_of
 from surgery.measure.edited import BASE, EDITED, REFERENCE, Edited, references_of
 from surgery.measure.task_loading import load_tasks
 from surgery.measure.task_settings import TaskSettings, task_settings
@@ -56,6 +57,7 @@ def compare(
     revision: str | None = Loading.revision,
     device: str | None = Loading.device,
     dtype: str = Loading.dtype,
+    stream: bool | None = Loading.stream,
     trust_remote_code: bool = Loading.trust_remote_code,
     reporter: Reporter = SILENT,
 ) -> Comparison:
@@ -74,6 +76,8 @@ def compare(
         revision: of the base.
         device: None for the best there is.
         dtype: that models run in.
+        stream: whether the text is measured layer by layer from the checkpoints' files instead of
+            loading them; None for what suits each one's size and the memory.
         trust_remote_code: whether checkpoints' own Python code may run.
         reporter: whom to tell.
 
@@ -90,17 +94,18 @@ def compare(
     if not measure and not tasks:
         raise BadSettings("There is nothing to measure: give --tasks, or leave out --no-text.")
     chosen = task_settings(given)
-    loading = Loading(revision, device or _rank_device(), dtype, trust_remote_code)
+    loading = Loading(revision, device or _rank_device(), dtype, trust_remote_code, stream=stream)
     patient = Patient.admit(base, loading, reporter, dequantise=False)
     notes: list[str] = []
     known = _has_anatomy(patient, notes)
-    others = [_admit(patient, str(one), notes) for one in edited]
+    others = [_admit(patient, str(one), notes, known=known) for one in edited]
     # Before anything is measured: a misspelt task should not cost an hour.
     loaded = load_tasks(chosen, reporter) if chosen is not None else None
     notes += loaded.notes if loaded is not None else ()
     logger.info("comparing %d checkpoints with %s", len(others), base)
     reporter.say("Hashing weight files")
-    compared = _named(others)
+    steps = known and _in_floats(patient)
+    compared = [replace(one, steps=steps and _in_floats(one.patient)) for one in _named(others)]
     if reference and known:
         compared = _with_references(patient, compared, notes)
     variants = _variants(patient, compared)
@@ -171,17 +176,23 @@ def _has_anatomy(patient: Patient, notes: list[str]) -> bool:
 # --------------------------------------------------------------------------------------------
 
 
-def _admit(base: Patient, typed: str, notes: list[str]) -> Patient:
+def _admit(base: Patient, typed: str, notes: list[str], *, known: bool) -> Patient:
     """An edited checkpoint, as it is stored.
 
     Raises:
         BadSettings: where it cannot be compared with the base.
     """
     checkpoint = resolve(typed, None, base.reporter.say)
-    edited = Patient(checkpoint, base.loading, dequantise=False)
+    anatomy = base.anatomy if known else None
+    edited = Patient(checkpoint, base.loading, dequantise=False, anatomy=anatomy)
     _require_same_shape(base.checkpoint, checkpoint)
     _require_same_tokenizer(base, edited, notes)
     return edited
+
+
+def _in_floats(patient: Patient) -> bool:
+    """Whether a checkpoint's weights can be run a layer at a time: packed ones cannot."""
+    return not method_of(patient.checkpoint.config)
 
 
 def _require_same_shape(base: Checkpoint, edited: Checkpoint) -> None:

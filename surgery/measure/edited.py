@@ -20,12 +20,15 @@ class Edited:
         patient: the checkpoint; its model is in memory while it is measured, and no longer.
         reference: the name of the reference that belongs to it: base under the paper's hooks.
         mask: of these hooks; None where there is no reference.
+        steps: whether its layers, and base's, can be entered one after another: they are known, and
+            in floating point.
     """
 
     name: str
     patient: Patient
     reference: str | None = None
     mask: Mask | None = None
+    steps: bool = False
 
 
 def references_of(edited: Sequence[Edited]) -> dict[str, Mask]:

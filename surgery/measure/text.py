@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from surgery.errors import Unsupported
 from surgery.measure.attention import ATTENTION_TOKENS, sink_attention
 from surgery.measure.edited import BASE, Edited, references_of
-from surgery.measure.logits import Batch, Context, make_batches, perplexity
+from surgery.measure.logits import LOGITS_BUDGET, Context, perplexity
 from surgery.measure.statistics import ratio, verdict
-from surgery.models.masking import wemask
+from surgery.models.distributions import Distributions, Run, compare_runs
+from surgery.models.ground import HeadBlock
+from surgery.models.journey import Batch, Stream, batches
+from surgery.models.masking import step_masked, wemask
 from surgery.models.observe import device_of
 from surgery.patient.patient import Patient
 
@@ -26,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 # Sequences on which attention weights are looked at: they are large.
 ATTENTION_SEQUENCES = 4
+# Tokens whose residual streams are held at a time.
+_PORTION = 8192
+
+Array64 = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -81,23 +90,8 @@ class TextMeasure:
     sink_attention_by_layer: tuple[float | None, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A model that is shown the text.
-
-    Attributes:
-        name: of the measure.
-        model: of transformers.
-        context: within which it runs.
-    """
-
-    name: str
-    model: Any
-    context: Context = nullcontext
-
-
 class _Totals:
-    """Sums of one model over the batches.
+    """Sums of one model over the sequences.
 
     Attributes:
         loss: by position of the token that predicts, nats, [longest].
@@ -107,68 +101,189 @@ class _Totals:
         by_sequence: each sequence's summed loss.
     """
 
-    def __init__(self, longest: int) -> None:
+    def __init__(self, sequences: int, longest: int) -> None:
         self.loss, self.from_base = np.zeros(longest), np.zeros(longest)
         self.from_reference: float | None = None
         self.agreeing = 0
-        self.by_sequence: list[float] = []
+        self.by_sequence = np.zeros(sequences)
 
     def add(
         self,
-        batch: Batch,
-        logs: torch.Tensor,
-        base: torch.Tensor,
-        reference: torch.Tensor | None,
+        place: int,
+        losses: Array64,
+        from_base: Array64,
+        from_reference: Array64,
+        agreeing: int,
     ) -> None:
-        """Add a batch's log-probabilities, held against those of base and reference."""
-        losses, width = batch.token_losses(logs), batch.real.shape[1]
-        self.loss[: width - 1] += losses.sum(0).cpu().numpy()
-        self.by_sequence += losses.sum(1).tolist()
-        base = base.to(logs.device)
-        self.agreeing += int(((logs.argmax(-1) == base.argmax(-1)) & batch.real).sum())
-        if base is not logs:
-            self.from_base[:width] += batch.token_divergences(base, logs).sum(0).cpu().numpy()
-        if reference is not None:
-            distance = batch.divergence(reference.to(logs.device), logs)
-            self.from_reference = (self.from_reference or 0.0) + distance
+        """Add a sequence: losses by predicted token, divergences by position, both in nats."""
+        self.loss[: len(losses)] += losses
+        self.by_sequence[place] = losses.sum()
+        self.from_base[: len(from_base)] += from_base
+        if self.from_reference is not None:
+            self.from_reference += float(from_reference.sum())
+        self.agreeing += agreeing
+
+
+class WholeRun:
+    """Sequences in a model that is called as it is, where its layers cannot be entered alone."""
+
+    def __init__(
+        self, model: Any, sequences: Sequence[Sequence[int]], context: Context = nullcontext
+    ) -> None:
+        """Nothing runs yet.
+
+        Args:
+            model: of transformers.
+            sequences: token ids.
+            context: within which it runs.
+        """
+        self._model, self._context = model, context
+        self._words = model.config.get_text_config().vocab_size
+        limit = max(1, LOGITS_BUDGET // self._words)
+        self._batches = list(batches(sequences, device_of(model), limit))
+
+    @property
+    def ground(self) -> WholeRun:
+        """What the head's blocks come from."""
+        return self
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Which sequences run together."""
+        return self._batches
+
+    def head_blocks(self) -> Iterator[HeadBlock]:
+        """All words at once."""
+        yield HeadBlock(0, self._words)
+
+    def logits(self, block: HeadBlock) -> Iterator[torch.Tensor]:
+        """Of each batch, [B, T, words]."""
+        for batch in self._batches:
+            with torch.inference_mode(), self._context():
+                found = self._model(
+                    input_ids=batch.ids, attention_mask=batch.mask, use_cache=False
+                ).logits
+            yield found[..., : block.end]
 
 
 def measure_text(
-    models: Sequence[Shown],
+    base: Patient,
+    other: Edited,
     sequences: Sequence[Sequence[int]],
-    reference: str | None = None,
     *,
     progress: Callable[[int], None] = lambda _tokens: None,
 ) -> tuple[TextMeasure, ...]:
     """Perplexity, KL, greedy agreement and curves by position of several models on one text.
 
     Args:
-        models: the first is the base.
+        base: what the other is compared with.
+        other: of the same architecture, with its reference if it has one.
         sequences: token ids.
-        reference: the name of the model that KL(reference ‖ ·) refers to; later ones are measured
-            against it.
         progress: called with the tokens done.
+
+    Returns:
+        The measures of base, the reference where there is one, and the other.
     """
+    reference = other.reference if other.mask is not None else None
+    names = [name for name in (BASE, reference, other.name) if name is not None]
+    known = [name for name in (BASE, reference) if name is not None]
+    pairs = [(one, name) for one, name in product(known, names) if one != name]
     longest = max(len(sequence) for sequence in sequences)
-    totals = {shown.name: _Totals(longest) for shown in models}
+    totals = {name: _Totals(len(sequences), longest) for name in names}
+    for name in names[1:] if reference is not None else ():
+        totals[name].from_reference = 0.0
+    done = 0
+    for some in _portions(sequences):
+        runs = _side_by_side(base, other, some)
+        found = compare_runs(runs, pairs, greedy=True)
+        for batch, one in zip(runs[BASE].batches, found, strict=True):
+            for name, total in totals.items():
+                _add(total, name, reference, batch, one, done)
+        done += len(some)
+        progress(sum(len(sequence) for sequence in some))
     present = np.zeros(longest)  # tokens by position
-    sizes: list[int] = []  # predicted tokens by sequence
-    vocabulary = models[0].model.config.get_text_config().vocab_size
-    for batch in make_batches(sequences, vocabulary, torch.device("cpu")):
-        present[: batch.real.shape[1]] += batch.real.sum(0).numpy()
-        sizes += batch.real[:, 1:].sum(1).tolist()
-        base = paper = None
-        for shown in models:
-            here = batch.to(device_of(shown.model))
-            with torch.inference_mode(), shown.context():
-                logs = here.log_probabilities(
-                    shown.model, base.shape[-1] if base is not None else None
-                )
-            base = logs if base is None else base
-            paper = logs if shown.name == reference else paper
-            totals[shown.name].add(here, logs, base, paper)
-        progress(batch.positions)
-    return tuple(_measures(totals, present, sizes))
+    for sequence in sequences:
+        present[: len(sequence)] += 1
+    return tuple(_measures(totals, present, [len(sequence) - 1 for sequence in sequences]))
+
+
+def _portions(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """So many sequences that the memory of their residual streams is bounded."""
+    portion: list[Sequence[int]] = []
+    for sequence in sequences:
+        if portion and sum(map(len, portion)) + len(sequence) > _PORTION:
+            yield portion
+            portion = []
+        portion.append(sequence)
+    yield portion
+
+
+def _add(
+    total: _Totals,
+    name: str,
+    reference: str | None,
+    batch: Batch,
+    found: Distributions,
+    before: int,
+) -> None:
+    """What a batch adds to a model's sums; the batch's places begin after `before` sequences."""
+    losses = found.loss(name).cpu().numpy()
+    agree = (found.greedy(name) == found.greedy(BASE)).cpu().numpy()
+
+    def distance(known: str | None) -> Array64:
+        if known is None or known == name:
+            return np.zeros(agree.shape)
+        values: Array64 = found.divergence((known, name)).cpu().numpy()
+        return values
+
+    from_base, from_reference = distance(BASE), distance(reference if name != BASE else None)
+    for row, (place, length) in enumerate(zip(batch.places, batch.lengths, strict=True)):
+        total.add(
+            before + place,
+            losses[row, : length - 1],
+            from_base[row, :length],
+            from_reference[row, :length],
+            int(agree[row, :length].sum()),
+        )
+
+
+def _side_by_side(
+    base: Patient, other: Edited, sequences: Sequence[Sequence[int]]
+) -> Mapping[str, Run]:
+    """Base, reference and the other after their last layers."""
+    if other.steps:
+        try:
+            return _journey(base, other, sequences)
+        except Unsupported:
+            if base.streams or other.patient.streams:
+                raise
+    runs = {BASE: WholeRun(base.model, sequences)}
+    if other.reference is not None and other.mask is not None:
+        hooks = partial(wemask, base.model, other.mask, anatomy=base.anatomy)
+        runs[other.reference] = WholeRun(base.model, sequences, hooks)
+    return {**runs, other.name: WholeRun(other.patient.model, sequences)}
+
+
+def _journey(base: Patient, other: Edited, sequences: Sequence[Sequence[int]]) -> dict[str, Stream]:
+    """The same, each layer of both checkpoints entered once."""
+    ours, theirs = base.ground, other.patient.ground
+    ours.prepare(sequences)
+    theirs.prepare(sequences)
+    plain, edited = Stream.board(ours, sequences), Stream.board(theirs, sequences)
+    masked: Stream | None = None
+    for index in range(base.anatomy.depth):
+        if other.mask is not None and index == other.mask.layers[0]:
+            masked = plain.fork()
+        with ours.layer(index) as layer:
+            plain.step(index, layer)
+            if masked is not None and other.mask is not None:
+                step_masked(ours, other.mask, masked, index, layer)
+        with theirs.layer(index) as layer:
+            edited.step(index, layer)
+    streams = {BASE: plain}
+    if masked is not None and other.reference is not None:
+        streams[other.reference] = masked
+    return {**streams, other.name: edited}
 
 
 def _measures(
@@ -195,7 +310,7 @@ def _measures(
 
 
 def _loss_difference(base: _Totals, one: _Totals, sizes: Sequence[int]) -> LossDifference:
-    before, after = base.by_sequence, one.by_sequence
+    before, after = base.by_sequence.tolist(), one.by_sequence.tolist()
     if find_spec("scipy") is None:
         mean = (sum(after) - sum(before)) / sum(sizes)
         return LossDifference(mean, None, None, None, None)
@@ -210,7 +325,9 @@ def measure_beside(
     *,
     attention: bool,
 ) -> tuple[TextMeasure, ...]:
-    """Each edited checkpoint beside the base and its reference, two models in memory at a time.
+    """Each edited checkpoint beside the base and its reference, two models open at a time.
+
+    Each is loaded where it fits comfortably; else its layers are read when their turn comes.
 
     Args:
         base: what the others are compared with.
@@ -227,29 +344,29 @@ def measure_beside(
     total = sum(len(sequence) for sequence in sequences)
     found: dict[str, TextMeasure] = {}
     for other in edited:
-        models = _models(base, other)
         logger.info("measuring %s on %d tokens", other.name, total)
         with base.reporter.bar(f"Measuring {other.name}", total) as advance:
-            measured = measure_text(models, sequences, other.reference, progress=advance)
-        for one, shown in zip(measured, models, strict=True):
+            measured = measure_text(base, other, sequences, progress=advance)
+        for one in measured:
             if one.name in found:
                 continue
             if attention:
-                shares = sink_attention(shown.model, base.anatomy, short, shown.context)
-                one = _with_attention(one, shares, start)
+                one = _with_attention(one, _shares(one.name, base, other, short), start)
             found[one.name] = one
-        del models, shown
         other.patient.release()
     order = [BASE, *references, *(other.name for other in edited)]
     return tuple(found[name] for name in order)
 
 
-def _models(base: Patient, other: Edited) -> list[Shown]:
-    found = [Shown(BASE, base.model)]
-    if other.reference is not None and other.mask is not None:
-        hooks = partial(wemask, base.model, other.mask, anatomy=base.anatomy)
-        found.append(Shown(other.reference, base.model, hooks))
-    return [*found, Shown(other.name, other.patient.model)]
+def _shares(
+    name: str, base: Patient, other: Edited, short: Sequence[Sequence[int]]
+) -> tuple[float | None, ...] | None:
+    """Attention on the first token by layer, of base, the reference or the other."""
+    model = (other.patient if name == other.name else base).passable(short)
+    hooks: Context = nullcontext
+    if name == other.reference and other.mask is not None:
+        hooks = partial(wemask, model, other.mask, anatomy=base.anatomy)
+    return sink_attention(model, base.anatomy, short, hooks)
 
 
 def _with_attention(

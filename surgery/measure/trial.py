@@ -15,7 +15,7 @@ from surgery.folds.calibrate import Answers, tokens_at
 from surgery.folds.editing import EditedWeights
 from surgery.folds.edits import Edit, SinkDirection
 from surgery.method.mask import Mask
-from surgery.models.distributions import compare_streams
+from surgery.models.distributions import compare_runs
 from surgery.models.ground import Ground
 from surgery.models.journey import Stream
 from surgery.models.masking import step_masked
@@ -94,9 +94,7 @@ def run_trial(
     """
     streams, answers = travel(ground, edited, sequences, progress=progress)
     found: list[Sequenced | None] = [None] * len(sequences)
-    for batch, measured in zip(
-        streams["base"].batches, compare_streams(ground, streams, PAIRS), strict=True
-    ):
+    for batch, measured in zip(streams["base"].batches, compare_runs(streams, PAIRS), strict=True):
         for row, (place, length) in enumerate(zip(batch.places, batch.lengths, strict=True)):
             found[place] = Sequenced(
                 tuple(sequences[place]),

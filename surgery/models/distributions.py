@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import torch
 
-from surgery.models.ground import Ground
-from surgery.models.journey import Batch, Stream
+from surgery.models.ground import HeadBlock
+from surgery.models.journey import Batch
 
 Pair = tuple[str, str]
+
+
+class Headed(Protocol):
+    """What gives the blocks of a language-model head."""
+
+    def head_blocks(self) -> Iterator[HeadBlock]:
+        """Some words at a time."""
+
+
+class Run(Protocol):
+    """Some sequences that have passed a model's last layer."""
+
+    @property
+    def ground(self) -> Headed:
+        """What their head's blocks come from; one object for runs that share a head."""
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Which sequences run together."""
+
+    def logits(self, block: HeadBlock) -> Iterator[torch.Tensor]:
+        """Of each batch, the logits of a block of words, [B, T, words]."""
 
 
 class Distributions:
@@ -20,9 +43,15 @@ class Distributions:
     largest logit so far.
     """
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        """pairs: of variants p and q whose KL(p ‖ q) is wanted."""
+    def __init__(self, pairs: Sequence[Pair], *, greedy: bool = False) -> None:
+        """Nothing is known yet.
+
+        Args:
+            pairs: of variants p and q whose KL(p ‖ q) is wanted.
+            greedy: whether the likeliest words are wanted.
+        """
         self._pairs = pairs
+        self._likeliest: dict[str, torch.Tensor] | None = {} if greedy else None
         self._largest: dict[str, torch.Tensor] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._crossed: dict[Pair, torch.Tensor] = {}
@@ -48,7 +77,20 @@ class Distributions:
             if name not in self._targets:
                 self._targets[name] = torch.zeros_like(found)
             self._targets[name] = torch.where(inside, found, self._targets[name])
+            if self._likeliest is not None:
+                self._compete(name, values, begin, self._likeliest)
             self._weigh(name, values, wide)
+
+    def _compete(
+        self, name: str, values: torch.Tensor, begin: int, likeliest: dict[str, torch.Tensor]
+    ) -> None:
+        largest, word = values.max(-1)
+        if name in likeliest:
+            better = largest > self._largest[name]
+            word = torch.where(better, word + begin, likeliest[name])
+        else:
+            word = word + begin
+        likeliest[name] = word
 
     def _weigh(self, name: str, values: torch.Tensor, all_: Mapping[str, torch.Tensor]) -> None:
         largest = values.amax(-1)
@@ -73,6 +115,11 @@ class Distributions:
         """Negative log-probability of the targets, nats, [...], float64."""
         return self._normaliser(name) - self._targets[name]
 
+    def greedy(self, name: str) -> torch.Tensor:
+        """The likeliest next word, [...]; of several the first."""
+        assert self._likeliest is not None
+        return self._likeliest[name]
+
     def divergence(self, pair: Pair) -> torch.Tensor:
         """KL(p ‖ q), nats, [...], float64."""
         p, q = pair
@@ -80,24 +127,26 @@ class Distributions:
         return self._crossed[pair] / self._sums[p] + normalisers
 
 
-def compare_streams(
-    ground: Ground, streams: Mapping[str, Stream], pairs: Sequence[Pair]
+def compare_runs(
+    runs: Mapping[str, Run], pairs: Sequence[Pair], *, greedy: bool = False
 ) -> list[Distributions]:
-    """Of each batch, the next-token distributions of streams that have passed the last layer.
+    """Of each batch, the next-token distributions of runs that have passed the last layer.
 
     Args:
-        ground: the model.
-        streams: of the same sequences, by name.
+        runs: of the same sequences in the same batches, by name; their heads have as many words.
         pairs: of names whose divergence is wanted.
+        greedy: whether the likeliest words are wanted.
     """
-    of_batches = next(iter(streams.values())).batches
-    found = [Distributions(pairs) for _ in of_batches]
+    of_batches = next(iter(runs.values())).batches
+    found = [Distributions(pairs, greedy=greedy) for _ in of_batches]
     targets = [_targets(batch) for batch in of_batches]
-    for block in ground.head_blocks():
-        logits = zip(*(stream.logits(block) for stream in streams.values()), strict=True)
+    grounds = list({id(run.ground): run.ground for run in runs.values()}.values())
+    for blocks in zip(*(ground.head_blocks() for ground in grounds), strict=True):
+        of_ground = {id(ground): block for ground, block in zip(grounds, blocks, strict=True)}
+        logits = zip(*(run.logits(of_ground[id(run.ground)]) for run in runs.values()), strict=True)
         for number, of_batch in enumerate(logits):
-            some = dict(zip(streams, of_batch, strict=True))
-            found[number].add(some, block.begin, targets[number])
+            some = dict(zip(runs, of_batch, strict=True))
+            found[number].add(some, blocks[0].begin, targets[number])
     return found
 
 

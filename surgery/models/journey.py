@@ -62,13 +62,21 @@ class Batch:
         return found
 
 
-def batches(sequences: Sequence[Sequence[int]], device: torch.device) -> Iterator[Batch]:
-    """Sequences of similar length together."""
+def batches(
+    sequences: Sequence[Sequence[int]], device: torch.device, limit: int = _BATCH_TOKENS
+) -> Iterator[Batch]:
+    """Sequences of similar length together.
+
+    Args:
+        sequences: token ids.
+        device: where the batches are put.
+        limit: tokens of a batch, at most, unless one sequence is longer.
+    """
     group: list[tuple[int, Sequence[int]]] = []
     for pair in sorted(enumerate(sequences), key=lambda pair: len(pair[1])):
         padded = len(pair[1]) * (len(group) + 1)
         unlike = bool(group) and len(pair[1]) > _SIMILAR * len(group[0][1])
-        if group and (padded > _BATCH_TOKENS or (unlike and padded > _FEW_TOKENS)):
+        if group and (padded > limit or (unlike and padded > _FEW_TOKENS)):
             yield _batch(group, device)
             group = []
         group.append(pair)
@@ -133,6 +141,11 @@ class Stream:
         """
         with torch.inference_mode():
             return cls(ground, [_begin(ground, one) for one in batches(sequences, ground.device)])
+
+    @property
+    def ground(self) -> Ground:
+        """The model that the streams run through."""
+        return self._ground
 
     @property
     def batches(self) -> list[Batch]:

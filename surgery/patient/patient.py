@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from surgery.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from surgery.models.ground import Ground
+    from surgery.models.stream import LayerStream
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class Patient:
         *,
         traced: bool = True,
         dequantise: bool = True,
+        anatomy: Anatomy | None = None,
     ) -> None:
         """Lay a checkpoint on the table; nothing is read yet.
 
@@ -80,10 +83,11 @@ class Patient:
             traced: whether the anatomy is confirmed by running the model's code on the meta device.
             dequantise: whether quantised weights are made floats for running; otherwise the model
                 runs, or does not run, as it is stored.
+            anatomy: where it is known already, from a checkpoint of the same architecture.
         """
         self.checkpoint, self.loading = checkpoint, loading or Loading()
         self.reporter = reporter
-        self._traced, self._dequantise = traced, dequantise
+        self._traced, self._dequantise, self._known = traced, dequantise, anatomy
 
     @classmethod
     def admit(
@@ -91,7 +95,7 @@ class Patient:
         model: str,
         loading: Loading,
         reporter: Reporter = SILENT,
-        **options: bool,
+        **options: Any,
     ) -> Patient:
         """The patient that a user named: a folder, a Hub id, a .gguf file or "demo"."""
         checkpoint = resolve(model, loading.revision, reporter.say)
@@ -112,6 +116,8 @@ class Patient:
     @cached_property
     def anatomy(self) -> Anatomy:
         """Who reads the attention input, layer by layer; Unsupported where none can be edited."""
+        if self._known is not None:
+            return self._known
         return examine(
             self.plain,
             check=self._traced,
@@ -130,8 +136,11 @@ class Patient:
         """Whether the model runs layer by layer from its files.
 
         Loaded is a little faster, so that a model that fits comfortably is loaded: its parameters
-        take at most a third of the memory that is available now.
+        take at most a third of the memory that is available now. So are packed weights, which
+        run as they are stored or not at all.
         """
+        if method_of(self.plain.config):
+            return False
         if self.loading.stream is not None:
             return self.loading.stream
         from surgery.models.loading import available_on  # imports torch
@@ -145,19 +154,34 @@ class Patient:
         """The model for journeys through its layers, loaded or layer by layer from its files."""
         from surgery.models.ground import Loaded  # imports torch
 
-        return self._lent if self.streams else Loaded(self.model, self.anatomy)
+        return self.lent if self.streams else Loaded(self.model, self.anatomy)
 
     @cached_property
-    def _lent(self) -> Ground:
-        from surgery.models.lending import Lender
+    def lent(self) -> LayerStream:
+        """The model layer by layer from its files, whether or not it would fit into memory."""
+        from surgery.models.stream import LayerStream  # imports torch
 
-        return Lender(
-            self.plain,
-            self.anatomy,
-            dtype=self.loading.dtype,
-            device=self.device,
-            trust_remote_code=self.loading.trust_remote_code,
-        )
+        return LayerStream(self.plain, self.anatomy, **self._running)
+
+    def passable(self, sequences: Sequence[Sequence[int]]) -> Any:
+        """The model for forward passes of its backbone over some sequences.
+
+        Loaded; or one whose layers get their matrices when they run, from its files every time.
+        """
+        if not self.streams:
+            return self.model
+        from surgery.models.lending import LentModel
+
+        return LentModel(self.plain, self.anatomy, **self._running).open(sequences)
+
+    @property
+    def _running(self) -> dict[str, Any]:
+        loading = self.loading
+        return {
+            "dtype": loading.dtype,
+            "device": self.device,
+            "trust_remote_code": loading.trust_remote_code,
+        }
 
     @cached_property
     def model(self) -> Any:

@@ -9,6 +9,7 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,7 @@ from cut import LAYER
 from more_models import CASES, save
 
 import surgery
-from surgery.errors import BadSettings, SurgeryError
+from surgery.errors import BadSettings, SurgeryError, Unsupported
 from surgery.jobs import compare as comparison
 from surgery.measure import statistics, task_host
 from surgery.measure.trial import Edited, run_trial
@@ -161,6 +162,44 @@ def test_text_measures_agree_with_the_quality_gate(
         if row["name"] != "base":
             expected = row["kl_from_reference"]
             assert found.kl_from_reference == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
+def same_measures(found: comparison.Comparison, expected: comparison.Comparison) -> None:
+    """Both measured the same on text, up to the order of sums in float32."""
+    assert len(found.text) == len(expected.text) == 3
+    for one, other in zip(found.text, expected.text, strict=True):
+        mine, theirs = asdict(one), asdict(other)
+        for name, value in theirs.items():
+            if isinstance(value, float):
+                assert mine[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+            elif isinstance(value, tuple):
+                assert mine[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+            elif isinstance(value, dict):
+                assert mine[name]["difference"] == pytest.approx(value["difference"], abs=1e-6)
+            else:
+                assert mine[name] == value, name
+
+
+def test_layer_by_layer_is_loaded(
+    converted: tuple[Path, Path], compared: comparison.Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_args: Any, **_options: Any) -> Any:
+        raise AssertionError("nothing is to be loaded whole")
+
+    monkeypatch.setattr("surgery.models.loading.load_model", load)
+    base, edited = converted
+    same_measures(surgery.compare(str(base), edited, **QUICK, stream=True), compared)
+
+
+def test_a_model_that_cannot_be_stepped_is_called_whole(
+    converted: tuple[Path, Path], compared: comparison.Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def board(*_args: Any, **_options: Any) -> Any:
+        raise Unsupported("This model does not call its layers one after another.")
+
+    monkeypatch.setattr("surgery.models.journey.Stream.board", board)
+    base, edited = converted
+    same_measures(surgery.compare(str(base), edited, **QUICK), compared)
 
 
 def test_curves_average_to_the_figures(compared: comparison.Comparison) -> None:
