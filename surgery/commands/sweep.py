@@ -61,7 +61,7 @@ from surgery.sweeping.plan import RATES, SCORES
 )
 @click.option("--study", "study_name", metavar="NAME", help="[default: <name>-sweep]")
 @click.option("--jobs", type=int, default=1, show_default=True, help="Worker processes here.")
-@settings(*LOADING)
+@settings(*LOADING, "stream")
 @settings("seed", help="For random and --trials.")
 @settings("check_tokens", default=2048, help="Tokens to measure on.")
 @click.option(
@@ -79,7 +79,7 @@ from surgery.sweeping.plan import RATES, SCORES
 )
 @output_options
 def command(model: str, as_json: bool, quiet: bool, **options: Any) -> None:
-    """Score every combination of settings on MODEL, loaded once; nothing is written but results.
+    """Score every combination of settings on MODEL, opened once; nothing is written but results.
 
     Run the same command again, also on another machine with the same --storage, and it goes on:
     no point is scored again.

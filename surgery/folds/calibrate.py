@@ -53,22 +53,47 @@ _FEWEST = 4
 Array64 = NDArray[np.float64]
 
 
-def calibrate(patient: Patient, mask: Mask) -> Calibration:
+Progress = Callable[[int], None]
+# Gives directions and leaks of a mask, with a null on secondary sinks or without; calls its second
+# argument with 1 after each target layer.
+Directed = Callable[[bool, Progress], Calibration]
+
+
+def _unseen(_done: int) -> None:
+    """Nobody watches."""
+
+
+def calibrate(patient: Patient, mask: Mask, directed: Directed | None = None) -> Calibration:
     """The sink direction of every target layer, in order, on the patient's calibration text.
 
     Where the text holds secondary sinks, detectors with a null on them are made, too, and of the
     two those are taken whose fold is nearer to the paper's mask on a window kept back.
+
+    Args:
+        patient: whose sink is meant.
+        mask: what is to be folded.
+        directed: measures directions in place of a journey of its own.
+
+    Raises:
+        NoEmergence: when the first token does not stand out at the first target layer.
     """
     text, kept_back = patient.calibration_text()
     ground, checkpoint = patient.ground, patient.plain
+
+    def measure(nulled: bool, progress: Progress) -> Calibration:
+        return Calibration(
+            *sink_directions(ground, checkpoint, mask, text, nulled=nulled, progress=progress)
+        )
+
+    directed = directed or measure
     with patient.reporter.bar("Calibrating the sink direction", len(mask.layers)) as advance:
-        plain = Calibration(*sink_directions(ground, checkpoint, mask, text, progress=advance))
+        plain = directed(False, advance)
     found = max(leak.secondary_tokens for leak in plain.leaks.values())
     if found < _FEWEST or not kept_back:
         return plain
     logger.info("%d secondary sinks in the calibration text", found)
     with patient.reporter.bar("Comparing with a null on secondary sinks", 3) as advance:
-        nulled = Calibration(*sink_directions(ground, checkpoint, mask, text, nulled=True))
+        nulled = directed(True, _unseen)
         advance(1)
         figures = []
         for one in (plain, nulled):
@@ -136,7 +161,7 @@ def sink_directions(
     start: Stream | None = None,
     nulled: bool = False,
     ridge: float = RIDGE,
-    progress: Callable[[int], None] = lambda _done: None,
+    progress: Progress = _unseen,
 ) -> tuple[dict[int, SinkDirection], dict[int, Leak]]:
     """Directions for the `sink` fold and their leak on the calibration text, by target layer.
 
@@ -175,13 +200,19 @@ def sink_directions(
     return directions, leaks
 
 
-def towards(ground: Ground, sequences: Sequence[Sequence[int]], layer: int) -> Stream:
-    """The streams of some sequences at the input of a layer."""
+def towards(
+    ground: Ground,
+    sequences: Sequence[Sequence[int]],
+    layer: int,
+    progress: Callable[[], None] = lambda: None,
+) -> Stream:
+    """The streams of some sequences at the input of a layer; progress: called after every layer."""
     ground.prepare(sequences)
     stream = Stream.board(ground, sequences)
     for index in range(layer):
         with ground.layer(index) as module:
             stream.step(index, module)
+        progress()
     return stream
 
 

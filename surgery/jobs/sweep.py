@@ -68,6 +68,7 @@ def sweep(
     revision: str | None = Settings.revision,
     device: str | None = Settings.device,
     dtype: str = Settings.dtype,
+    stream: bool | None = Settings.stream,
     trust_remote_code: bool = Settings.trust_remote_code,
     tasks: Sequence[str] = (),
     data: str | None = TaskSettings.data,
@@ -81,7 +82,7 @@ def sweep(
     backend: str = TaskSettings.backend,
     reporter: Reporter = SILENT,
 ) -> Sweep:
-    """Score every combination of settings on one loaded model; results.json and a figure.
+    """Score every combination of settings on one model; results.json and a figure.
 
     A sweep that was interrupted goes on where it was. What prevents one point stands in its row.
 
@@ -102,7 +103,7 @@ def sweep(
         trials: search so many points (TPE) instead of the whole grid.
         convert_best: a folder to convert to with the best settings.
         layer, seed, check_tokens, calibration, calibration_tokens: as in `Settings`.
-        revision, device, dtype, trust_remote_code: as in `Loading`.
+        revision, device, dtype, stream, trust_remote_code: as in `Loading`.
         tasks: which decide, where the score is "tasks".
         data, limit, batch_size, seeds, max_new_tokens: as in `TaskSettings`.
         temperature, chat_template, thinking, backend: as in `TaskSettings`.

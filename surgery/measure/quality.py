@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,9 +16,6 @@ from surgery.folds.calibrate import EARLY
 from surgery.measure.logits import perplexity
 from surgery.measure.stopping import Look
 from surgery.measure.trial import VARIANTS, Array64, Sequenced, Trial
-from surgery.models.anatomy import Anatomy
-from surgery.models.discovery import decoder_layers
-from surgery.models.observe import hooked, standing_in
 
 logger = logging.getLogger(__name__)
 
@@ -113,35 +109,6 @@ class Quality:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         return asdict(self)
-
-
-class SharedPrefix:
-    """Layers before `stop` run once per batch; later passes reuse what they gave.
-
-    What they gave is kept by batch number: tokens × hidden size numbers for each batch recorded.
-    Nothing is shared where later layers also read the keys and values of earlier ones.
-    """
-
-    def __init__(self, model: Any, anatomy: Anatomy, stop: int) -> None:
-        reused = getattr(model.config.get_text_config(), "num_kv_shared_layers", 0)
-        self._layers = [] if reused else decoder_layers(model, anatomy)[:stop]
-        self._results: dict[int, Any] = {}
-
-    @contextmanager
-    def record(self, batch: int = 0) -> Iterator[None]:
-        """Remember the last shared layer's output in the forward pass of this block."""
-
-        def keep(_module: Any, _args: Any, result: Any) -> None:
-            self._results[batch] = result
-
-        handles = [self._layers[-1].register_forward_hook(keep)] if self._layers else []
-        with hooked(handles):
-            yield
-
-    def replay(self, batch: int = 0) -> AbstractContextManager[None]:
-        """Skip the shared layers in the forward passes of this block."""
-        result = self._results.get(batch)
-        return standing_in(self._layers, [lambda *_args, **_kwargs: result] * len(self._layers))
 
 
 def summary(trial: Trial, found: Look, of: int, limit: float | None, tokenizer: Any) -> Quality:

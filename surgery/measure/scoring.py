@@ -1,7 +1,7 @@
-"""Settings scored on one loaded model: each is an edit in memory, undone exactly afterwards.
+"""Settings scored side by side: each is an edit in memory, undone exactly afterwards.
 
-What the settings have in common is computed once: the layers before the first target, base's
-log-probabilities, and the reference's for as long as the mask stays the same.
+What the settings have in common is computed once: the layers before the first target, and for
+those that go together the base and the reference of each mask.
 """
 
 from __future__ import annotations
@@ -9,10 +9,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,18 +19,17 @@ from numpy.typing import NDArray
 
 from surgery.errors import SurgeryError
 from surgery.folds.base import Calibration
-from surgery.folds.calibrate import sink_directions, towards
+from surgery.folds.calibrate import Progress, calibrate, sink_directions, towards
 from surgery.folds.editing import EditedWeights
 from surgery.folds.edits import SinkDirection
-from surgery.measure.logits import Batch, Context, make_batches, perplexity
-from surgery.measure.quality import SharedPrefix, measured
+from surgery.measure.logits import perplexity
+from surgery.measure.quality import measured
+from surgery.measure.trial import VARIANTS, Edited, travel
 from surgery.method.mask import Mask, attention_targets
-from surgery.models.ground import Loaded
+from surgery.models.distributions import compare_runs
 from surgery.models.journey import Stream
-from surgery.models.masking import wemask
-from surgery.models.observe import device_of, sink_magnitudes
-from surgery.patient.locating import choose_mask
-from surgery.patient.patient import Patient
+from surgery.patient.locating import choose_mask, magnitudes_at
+from surgery.patient.patient import WIDTHS, Patient
 from surgery.settings import Settings
 
 if TYPE_CHECKING:
@@ -41,8 +38,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Log-probabilities of base, and of the reference, that are kept: so many numbers each.
-KEPT_NUMBERS = 256_000_000
+# Memory of the residual streams that go side by side, bytes.
+STREAMS_BYTES = 2**30
+_PAIRS = (("reference", "folded"), ("base", "folded"))
 
 
 class Touched(SurgeryError):
@@ -118,35 +116,17 @@ class TaskFigure:
     verdict: str
 
 
-class Kept:
-    """One variant's log-probabilities and losses by batch, kept as far as memory is meant to go."""
+@dataclass(frozen=True)
+class _Prepared:
+    """A setting that is about to be scored."""
 
-    def __init__(self, make: Callable[[int], torch.Tensor], batches: list[Batch]) -> None:
-        self._make, self._batches = make, batches
-        self._logs: dict[int, torch.Tensor] = {}
-        self._losses: dict[int, float] = {}
-        self._room = KEPT_NUMBERS
-
-    def logs(self, number: int) -> torch.Tensor:
-        """Log-probabilities of a batch, made again where there was no room to keep them."""
-        logs = self._logs.get(number)
-        if logs is None:
-            logs = self._make(number)
-            if number not in self._losses:
-                self._losses[number] = self._batches[number].loss(logs)
-            if logs.numel() <= self._room:
-                self._room -= logs.numel()
-                self._logs[number] = logs
-        return logs
-
-    @property
-    def loss(self) -> float:
-        """Summed loss of all batches, in nats; each batch was asked for before."""
-        return sum(self._losses[number] for number in range(len(self._batches)))
+    settings: Settings
+    edited: Edited
+    touched: Sequence[str]
 
 
 class Scorer:
-    """A loaded model, what all settings share, and proof that the model stays what it is."""
+    """A model, what all settings share, and proof that a loaded one stays what it is."""
 
     def __init__(
         self,
@@ -168,136 +148,183 @@ class Scorer:
         self._tasks = tasks
         self._patient, self._anatomy = patient, patient.anatomy
         self._common, self._layer = common, layer
-        model = patient.model
         self._every_target = attention_targets(layer, self._anatomy.attends, "all")
-        stop = self._every_target[0]
         if text is None:  # what the gate of `convert` measures on
-            sequences = patient.held_out_mixture(common.check_tokens).sequences
+            self._sequences = patient.held_out_mixture(common.check_tokens).sequences
         else:
-            sequences = patient.held_out(common.check_tokens, text=text)
-        vocabulary = model.config.get_text_config().vocab_size
-        self._batches = list(make_batches(sequences, vocabulary, device_of(model)))
-        self._positions = sum(batch.positions for batch in self._batches)
-        self._predicted = sum(batch.predicted for batch in self._batches)
-        self._prefix = SharedPrefix(model, self._anatomy, stop)
+            self._sequences = patient.held_out(common.check_tokens, text=text)
+        self._start: Stream | None = None
         self._calibration_start: Stream | None = None
-        self._base = Kept(self._base_logs, self._batches)
-        self._reference: tuple[Mask, Kept] | None = None
-        self._recorded: set[int] = set()
+        self._whole: dict[bool, Calibration] = {}
         self._magnitudes: dict[int, NDArray[np.float64]] | None = None
-        self._whole_sink: SinkDirection | None = None
         self._sums: dict[str, int] = {}
-        self.parameters = hash_parameters(model)
+        self._known: dict[Settings, Figures | SurgeryError] = {}
+        self._hash = hash_parameters(patient.model) if self._loaded else None
 
-    def score(self, settings: Settings) -> Figures:
-        """The figures that the quality gate of `convert` would show for these settings."""
-        start = time.perf_counter()
-        model, checkpoint = self._patient.model, self._patient.plain
+    @property
+    def _loaded(self) -> bool:
+        """Whether the model is in memory whole, so that an edit could stay in it."""
+        return self._tasks is not None or not self._patient.streams
+
+    def score(self, settings: Settings, expected: Sequence[Settings] = ()) -> Figures:
+        """The figures that the quality gate of `convert` would show for these settings.
+
+        Args:
+            settings: to be scored.
+            expected: what will be asked for next. As many of them as memory allows go along, and
+                their figures are known when they are asked for.
+
+        Raises:
+            SurgeryError: where these settings cannot be scored.
+        """
+        if settings not in self._known:
+            self._score_together([settings, *expected])
+        found = self._known.pop(settings)
+        if isinstance(found, SurgeryError):
+            raise found
+        return found
+
+    def require_untouched(self) -> None:
+        """Raise Touched unless every loaded parameter holds the bytes it held at the start."""
+        if self._hash is not None and hash_parameters(self._patient.model) != self._hash:
+            raise Touched
+
+    def _score_together(self, wanted: Sequence[Settings]) -> None:
+        begun, together = time.perf_counter(), list[_Prepared]()
+        for settings in dict.fromkeys(wanted):
+            if settings in self._known:
+                continue
+            if len(together) >= self._room:
+                break
+            try:
+                together.append(self._prepare(settings))
+            except SurgeryError as error:
+                self._known[settings] = error
+                if not together:
+                    return
+        figures = self._travel(together)
+        for prepared, found in zip(together, figures, strict=True):
+            tasks = self._score_tasks(prepared)
+            self._require_restored(prepared.touched)
+            seconds = (time.perf_counter() - begun) / len(together)
+            self._known[prepared.settings] = replace(found, seconds=seconds, **tasks)
+        logger.debug("scored %d settings side by side", len(together))
+
+    @property
+    def _room(self) -> int:
+        """How many settings go side by side: each has a stream, and perhaps a reference."""
+        numbers = sum(map(len, self._sequences)) * self._anatomy.hidden_size
+        width = WIDTHS[self._patient.loading.dtype]
+        return max(1, STREAMS_BYTES // (2 * width * numbers))
+
+    def _prepare(self, settings: Settings) -> _Prepared:
         targets = attention_targets(self._layer, self._anatomy.attends, settings.scope)
         mask = choose_mask(self._patient, targets, settings.selection, self._ranks(settings))
         fold = settings.fold_used
         touched = fold.touched(self._anatomy, mask)
         self._remember(touched)
-        calibration = Calibration(self._sinks(mask)) if fold.calibrates else Calibration()
+        calibration = self._calibrate(mask) if fold.calibrates else Calibration()
         edits = fold.edits(self._anatomy, mask, calibration)
-        weights = EditedWeights(model, checkpoint, edits)
-        reference = self._reference_of(mask)
-        loss = from_reference = from_base = 0.0
-        for number, batch in enumerate(self._batches):
-            known = self._base.logs(number)
-            logs = self._run(number, weights.active)
-            loss += batch.loss(logs)
-            from_base += batch.divergence(known, logs)
-            del known
-            from_reference += batch.divergence(reference.logs(number), logs)
-        logger.debug("scored %s on %d tokens", settings.fold, self._positions)
-        rows = self._tasks.score(weights.active) if self._tasks is not None else ()
-        self._require_restored(touched)
-        base, predicted, positions = self._base.loss, self._predicted, self._positions
-        folded = measured(
-            "folded", loss, base, predicted, from_reference / positions, from_base / positions
-        )
+        return _Prepared(settings, Edited(self._patient.plain, mask, edits), touched)
+
+    def _travel(self, together: Sequence[_Prepared]) -> list[Figures]:
+        ground = self._patient.ground
+        if self._start is None:
+            self._start = towards(ground, self._sequences, self._every_target[0])
+        edits = [prepared.edited for prepared in together]
+        streams = travel(ground, edits, self._sequences, start=self._start)
+        return [
+            self._figures(edited, streams.variants(number)) for number, edited in enumerate(edits)
+        ]
+
+    def _figures(self, edited: Edited, streams: Mapping[str, Stream]) -> Figures:
+        losses, divergences = dict.fromkeys(VARIANTS, 0.0), dict.fromkeys(_PAIRS, 0.0)
+        found = compare_runs(streams, _PAIRS)
+        for batch, one in zip(streams["base"].batches, found, strict=True):
+            predicted = batch.real.clone()
+            predicted[:, :-1] &= batch.real[:, 1:]
+            predicted[:, -1] = False
+            for name in VARIANTS:
+                losses[name] += float(one.loss(name)[predicted].sum())
+            for pair in _PAIRS:
+                divergences[pair] += float(one.divergence(pair)[batch.real].sum())
+        positions = sum(map(len, self._sequences))
+        count = positions - len(self._sequences)
+        kls = [divergences[known, "folded"] / positions for known in ("reference", "base")]
+        folded = measured("folded", losses["folded"], losses["base"], count, *kls)
+        mask = edited.mask
         return Figures(
             perplexity=folded.perplexity,
             against_base=folded.against_base,
             kl_from_reference=folded.kl_from_reference,
             kl_from_base=folded.kl_from_base,
-            reference_perplexity=perplexity(reference.loss / predicted),
-            base_perplexity=perplexity(base / predicted),
+            reference_perplexity=perplexity(losses["reference"] / count),
+            base_perplexity=perplexity(losses["base"] / count),
             target_layers=mask.layers,
             dimensions=len(mask.dimensions[mask.layers[0]]),
             tokens=positions,
-            seconds=time.perf_counter() - start,
-            **task_figures(rows),
+            seconds=0.0,
         )
 
-    def require_untouched(self) -> None:
-        """Raise Touched unless every parameter holds the bytes it held at the start."""
-        if hash_parameters(self._patient.model) != self.parameters:
-            raise Touched
-
-    def _run(self, number: int, variant: Context) -> torch.Tensor:
-        with torch.inference_mode(), variant(), self._prefix.replay(number):
-            return self._batches[number].log_probabilities(self._patient.model)
-
-    def _base_logs(self, number: int) -> torch.Tensor:
-        if number in self._recorded:
-            return self._run(number, nullcontext)
-        with torch.inference_mode(), self._prefix.record(number):
-            logs = self._batches[number].log_probabilities(self._patient.model)
-        self._recorded.add(number)
-        return logs
-
-    def _reference_of(self, mask: Mask) -> Kept:
-        if self._reference is None or self._reference[0] != mask:
-            hooks = partial(wemask, self._patient.model, mask, anatomy=self._anatomy)
-            self._reference = None  # the old one's memory is free before the new one's is needed
-            self._reference = (mask, Kept(partial(self._run, variant=hooks), self._batches))
-        return self._reference[1]
+    def _score_tasks(self, prepared: _Prepared) -> dict[str, Any]:
+        if self._tasks is None:
+            return {}
+        edited = prepared.edited
+        weights = EditedWeights(self._patient.model, edited.checkpoint, edited.edits)
+        return task_figures(self._tasks.score(weights.active))
 
     def _ranks(self, settings: Settings) -> dict[int, NDArray[np.float64]] | None:
         """What `activation` ranks by, the same for every rate and scope."""
         if settings.select == "activation" and self._magnitudes is None:
-            self._magnitudes = sink_magnitudes(
-                self._patient.model,
-                self._anatomy,
-                self._every_target,
-                self._patient.calibration(),
-            )
+            text = self._patient.calibration()
+            self._magnitudes = magnitudes_at(self._patient, self._every_target, text)
         return self._magnitudes if settings.select == "activation" else None
 
-    def _sinks(self, mask: Mask) -> dict[int, SinkDirection]:
+    def _calibrate(self, mask: Mask) -> Calibration:
         first = self._every_target[0]
-        if mask.layers != (first,):
-            return self._calibrate(mask)
-        if self._whole_sink is None:
-            # Nothing is edited before the first target, so its direction depends on S only in
-            # which entries of the center are used: all of them are kept here.
-            every = Mask(
-                mask.hidden_size, mask.select, 1.0, {first: tuple(range(mask.hidden_size))}
-            )
-            self._whole_sink = self._calibrate(every)[first]
-        whole = self._whole_sink
-        return {first: SinkDirection(whole.center[list(mask.dimensions[first])], whole.detector)}
+        whole = mask.layers == (first,)
 
-    def _calibrate(self, mask: Mask) -> dict[int, SinkDirection]:
+        def directed(nulled: bool, progress: Progress) -> Calibration:
+            if not whole:
+                return self._directions(mask, nulled, progress)
+            if nulled not in self._whole:
+                # Nothing is edited before the first target, so its direction depends on S only in
+                # which entries of the center are used: all of them are kept here.
+                every = {first: tuple(range(mask.hidden_size))}
+                of_all = Mask(mask.hidden_size, mask.select, 1.0, every)
+                self._whole[nulled] = self._directions(of_all, nulled, progress)
+            known = self._whole[nulled]
+            sink = known.directions[first]
+            center = sink.center[list(mask.dimensions[first])]
+            return replace(known, directions={first: SinkDirection(center, sink.detector)})
+
+        return calibrate(self._patient, mask, directed)
+
+    def _directions(self, mask: Mask, nulled: bool, progress: Progress) -> Calibration:
         sequences, _ = self._patient.calibration_text()
-        ground = Loaded(self._patient.model, self._anatomy)
+        ground = self._patient.ground
         if self._calibration_start is None:
             self._calibration_start = towards(ground, sequences, self._every_target[0])
-        directions, _ = sink_directions(
-            ground, self._patient.plain, mask, sequences, start=self._calibration_start
+        return Calibration(
+            *sink_directions(
+                ground,
+                self._patient.plain,
+                mask,
+                sequences,
+                start=self._calibration_start,
+                nulled=nulled,
+                progress=progress,
+            )
         )
-        return directions
 
     def _remember(self, touched: Sequence[str]) -> None:
         """Sums of the parameters that are about to be edited for the first time."""
-        for name in touched:
+        for name in touched if self._loaded else ():
             if name not in self._sums:
                 self._sums[name] = sum_of_bytes(self._patient.model.get_parameter(name))
 
     def _require_restored(self, touched: Sequence[str]) -> None:
-        for name in touched:
+        for name in touched if self._loaded else ():
             if sum_of_bytes(self._patient.model.get_parameter(name)) != self._sums[name]:
                 raise Touched
 

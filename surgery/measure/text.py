@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from surgery.errors import Unsupported
 from surgery.measure.attention import ATTENTION_TOKENS, sink_attention
 from surgery.measure.edited import BASE, Edited, references_of
-from surgery.measure.logits import LOGITS_BUDGET, Context, perplexity
+from surgery.measure.logits import Context, perplexity
 from surgery.measure.statistics import ratio, verdict
 from surgery.models.distributions import Distributions, Run, compare_runs
 from surgery.models.ground import HeadBlock
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Sequences on which attention weights are looked at: they are large.
 ATTENTION_SEQUENCES = 4
+# Logits of one batch, of a model that is called whole, stay below about this many numbers.
+LOGITS_BUDGET = 64_000_000
 # Tokens whose residual streams are held at a time.
 _PORTION = 8192
 

@@ -1,17 +1,18 @@
-"""Base, the paper's reference and folded weights side by side through the layers of a model."""
+"""Base, the paper's references and folded weights side by side through the layers of a model."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from surgery.files.checkpoint import Checkpoint
-from surgery.folds.calibrate import Answers, tokens_at
+from surgery.folds.calibrate import Answers, tokens_at, towards
 from surgery.folds.editing import EditedWeights
 from surgery.folds.edits import Edit, SinkDirection
 from surgery.method.mask import Mask
@@ -76,6 +77,15 @@ class Edited:
     directions: Mapping[int, SinkDirection] = field(default_factory=dict)
     tokens: str = "first"
 
+    @property
+    def first(self) -> int:
+        """The first layer that differs from the base's."""
+        return min([*self.mask.layers, *(edit.layer for edit in self.edits)])
+
+    def same_reference(self, other: Edited) -> bool:
+        """Whether another edit has the same reference."""
+        return self.mask == other.mask and self.tokens == other.tokens
+
 
 def run_trial(
     ground: Ground,
@@ -92,7 +102,8 @@ def run_trial(
         sequences: token ids.
         progress: called after every layer with the tokens that passed it.
     """
-    streams, answers = travel(ground, edited, sequences, progress=progress)
+    travelled = travel(ground, [edited], sequences, progress=progress)
+    streams = travelled.variants(0)
     found: list[Sequenced | None] = [None] * len(sequences)
     for batch, measured in zip(streams["base"].batches, compare_runs(streams, PAIRS), strict=True):
         for row, (place, length) in enumerate(zip(batch.places, batch.lengths, strict=True)):
@@ -101,38 +112,105 @@ def run_trial(
                 {name: measured.loss(name)[row, : length - 1].cpu().numpy() for name in VARIANTS},
                 {pair: measured.divergence(pair)[row, :length].cpu().numpy() for pair in PAIRS},
             )
-    return Trial(tuple(one for one in found if one is not None), answers)
+    return Trial(tuple(one for one in found if one is not None), travelled.answers[0])
+
+
+@dataclass(frozen=True)
+class Travelled:
+    """Streams that have passed the last layer.
+
+    Attributes:
+        base: of the model as it is.
+        references: of each edit; one object for edits of the same mask.
+        folded: of each edit.
+        answers: of each edit's detectors, by layer.
+    """
+
+    base: Stream
+    references: Sequence[Stream]
+    folded: Sequence[Stream]
+    answers: Sequence[Mapping[int, Answers]]
+
+    def variants(self, number: int) -> dict[str, Stream]:
+        """The streams of one edit by the names in `VARIANTS`."""
+        return {
+            "base": self.base,
+            "reference": self.references[number],
+            "folded": self.folded[number],
+        }
 
 
 def travel(
     ground: Ground,
-    edited: Edited,
+    edits: Sequence[Edited],
     sequences: Sequence[Sequence[int]],
     *,
+    start: Stream | None = None,
+    wanted: Container[str] = VARIANTS,
     progress: Callable[[int], None] = lambda _tokens: None,
-) -> tuple[dict[str, Stream], dict[int, Answers]]:
-    """The streams of base, reference and fold after the last layer, and the detectors' answers."""
-    mask, edits = edited.mask, edited.edits
-    first = min([*mask.layers, *(edit.layer for edit in edits)])
+) -> Travelled:
+    """Base, references and folds side by side to the end; each layer is entered once.
+
+    Args:
+        ground: the model.
+        edits: what is done to it, each in streams of its own from the first edited layer on.
+        sequences: token ids.
+        start: the streams at the input of the first edited layer, where they are known.
+        wanted: the variants that are taken to the end; the others stay behind.
+        progress: called after every layer with the tokens that passed it.
+    """
+    first = min(edit.first for edit in edits)
     tokens = sum(len(sequence) for sequence in sequences)
-    answers: dict[int, Answers] = {}
-    ground.prepare(sequences)
-    base = Stream.board(ground, sequences)
-    streams = {"base": base}
-    for index in range(ground.anatomy.depth):
-        if index == first:
-            streams |= {"reference": base.fork(), "folded": base.fork()}
+    if start is None:
+        base = towards(ground, sequences, first, lambda: progress(tokens))
+    else:
+        ground.prepare(sequences)  # for the head, after other texts
+        base = start.fork()
+    references = _references(base, edits)
+    folded = [base.fork() for _ in edits]
+    answers: list[dict[int, Answers]] = [{} for _ in edits]
+    for index in range(first, ground.anatomy.depth):
         with ground.layer(index) as layer:
-            base.step(index, layer)
-            if index >= first:
-                step_masked(ground, mask, streams["reference"], index, layer, edited.tokens)
-                folded = streams["folded"]
-                if index in edited.directions:
-                    v = edited.directions[index].detector
-                    answers[index] = Answers.of(tokens_at(folded, index, layer), v)
-                here = [edit for edit in edits if edit.layer == index]
-                weights = EditedWeights(ground.model, edited.checkpoint, here)
-                with weights.active() if here else nullcontext():
-                    folded.step(index, layer)
+            if "base" in wanted:
+                base.step(index, layer)
+            for edit, stream in _once(edits, references) if "reference" in wanted else ():
+                step_masked(ground, edit.mask, stream, index, layer, edit.tokens)
+            if "folded" in wanted:
+                for edit, stream, found in zip(edits, folded, answers, strict=True):
+                    _step_edited(ground, edit, stream, index, layer, found)
         progress(tokens)
-    return streams, answers
+    return Travelled(base, references, folded, answers)
+
+
+def _references(base: Stream, edits: Sequence[Edited]) -> list[Stream]:
+    """A stream for each edit, the same one for those of the same mask."""
+    found: list[Stream] = []
+    for number, edit in enumerate(edits):
+        twins = (place for place in range(number) if edits[place].same_reference(edit))
+        twin = next(twins, None)
+        found.append(base.fork() if twin is None else found[twin])
+    return found
+
+
+def _once(edits: Sequence[Edited], streams: Sequence[Stream]) -> list[tuple[Edited, Stream]]:
+    """Each stream once, with an edit that it belongs to."""
+    by_stream = {id(stream): (edit, stream) for edit, stream in zip(edits, streams, strict=True)}
+    return list(by_stream.values())
+
+
+def _step_edited(
+    ground: Ground,
+    edited: Edited,
+    stream: Stream,
+    index: int,
+    layer: torch.nn.Module,
+    answers: dict[int, Answers],
+) -> None:
+    """Run a stream through a layer with its edited weights."""
+    if index in edited.directions:
+        v = edited.directions[index].detector
+        answers[index] = Answers.of(tokens_at(stream, index, layer), v)
+    here = [edit for edit in edited.edits if edit.layer == index]
+    weights = EditedWeights(ground.model, edited.checkpoint, here)
+    with weights.active() if here else nullcontext():
+        stream.step(index, layer)

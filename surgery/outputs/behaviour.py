@@ -105,16 +105,16 @@ def behaviour(
     if patient.streams:
         return _layer_by_layer(patient, mask, fold, folder, edits, quality)
     batch, dtype = Batch.of(patient), patient.loading.dtype
-    base = batch.logits(patient.model)
     reference = masked_logits(batch, patient, mask, fold.tokens)
-    folded = None
+    base = folded = None
     if not fold.exact:
+        base = batch.logits(patient.model)
         context = editing.edited(patient.model, patient.plain, edits)
         folded = batch.logits(patient.model, context)
     patient.release()
     with loadable(folder) as loaded:
         logits, checks = stock_load(loaded, batch, patient.loading)
-    if folded is None:
+    if folded is None or base is None:
         return [*checks, equal(logits, reference, dtype, rounded=_rounded(mask))]
     return [*checks, *_approximate(logits, folded, reference, base, dtype, quality)]
 
@@ -167,7 +167,7 @@ def _layer_by_layer(
         checks.insert(0, stock)
     else:
         patient.reporter.say(f"Not tried: a stock load of what was written; {stock}")
-    if fold.exact:
+    if seen.folded is None or seen.base is None:
         return [*checks, equal(logits, seen.reference, dtype, rounded=_rounded(mask))]
     found = _approximate(logits, seen.folded, seen.reference, seen.base, dtype, quality)
     return [*checks, *found]

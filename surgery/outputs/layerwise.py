@@ -36,16 +36,16 @@ class Layerwise:
     """Logits at the real tokens of some text, [tokens, vocabulary] each.
 
     Attributes:
-        base: of the base.
         reference: of the base under hooks.
-        folded: of the base with the edits in memory.
         written: of what was written.
+        base: of the base; None where the fold is exact, like the next.
+        folded: of the base with the edits in memory.
     """
 
-    base: torch.Tensor
     reference: torch.Tensor
-    folded: torch.Tensor
     written: torch.Tensor
+    base: torch.Tensor | None = None
+    folded: torch.Tensor | None = None
 
 
 def run_layerwise(
@@ -63,8 +63,9 @@ def run_layerwise(
     from surgery.models.lending import Lender
 
     edited = Edited(patient.plain, mask, edits, tokens=fold.tokens)
-    streams, _ = travel(patient.ground, edited, sequences)
-    found = {name: gathered(patient.ground, streams[name]) for name in VARIANTS}
+    wanted = ("reference",) if fold.exact else VARIANTS
+    streams = travel(patient.ground, [edited], sequences, wanted=wanted).variants(0)
+    found = {name: gathered(patient.ground, streams[name]) for name in wanted}
     written = open_checkpoint(folder, Origin("directory", folder.name, str(folder)))
     ground = Lender(
         written,

@@ -73,7 +73,7 @@ def choose_mask(
         patient: whose gains or activations are ranked.
         targets: layers, ascending.
         selection: how many dimensions, and by what.
-        magnitudes: what `sink_magnitudes` found on the calibration text, when that is known.
+        magnitudes: what `magnitudes_at` found on the calibration text, when that is known.
     """
     width = patient.anatomy.hidden_size
     size = mask_size(selection.rate, width)
@@ -87,14 +87,15 @@ def choose_mask(
     else:
         if magnitudes is None:
             sequences = patient.calibration()  # which is read before the model is loaded
-            magnitudes = _magnitudes(patient, targets, sequences)
+            magnitudes = magnitudes_at(patient, targets, sequences)
         chosen = {layer: largest(magnitudes[layer], size) for layer in targets}
     return Mask(width, selection.select, selection.strength, chosen)
 
 
-def _magnitudes(
+def magnitudes_at(
     patient: Patient, targets: Sequence[int], sequences: Sequence[Sequence[int]]
-) -> Mapping[int, NDArray[np.float64]]:
+) -> dict[int, NDArray[np.float64]]:
+    """The mean |x| of first tokens at the input of each target layer's attention, [D] by layer."""
     from surgery.models.journey import first_magnitudes  # import torch
     from surgery.models.observe import sink_magnitudes
 

@@ -100,11 +100,13 @@ class Progress:
         ended: points with a result, in the order of the points, each once.
         running: how many are being worked on.
         waiting: the parameters of those that wait; empty ones are for the sampler to fill.
+        deaths: how often a worker died at a point.
     """
 
     ended: Sequence[Ended]
     running: int
     waiting: Sequence[Parameters]
+    deaths: int = 0
 
     @property
     def finished(self) -> bool:
@@ -180,17 +182,18 @@ class SharedStudy:
         trials = self._study.get_trials(deepcopy=False)
         ended = [_end_of(trial) for trial in trials if _has_ended(trial)]
         running = [trial.params for trial in trials if _has_worker(trial)]
+        deaths = sum(map(_has_died, trials))
         if self._space.trials is not None:
             ended = ended[: self._space.trials]
             left = self._space.trials - len(ended)
             busy = min(left, len(running))
-            return Progress(ended, busy, [{}] * (left - busy))
+            return Progress(ended, busy, [{}] * (left - busy), deaths)
         results = {_key(end.parameters): end for end in reversed(ended)}
         left_out = results.keys() | {_key(parameters) for parameters in running}
         points = [(_key(point), point) for point in self._space.points]
         waiting = [point for key, point in points if key not in left_out]
         ended = [results[key] for key, _ in points if key in results]
-        return Progress(ended, len(points) - len(ended) - len(waiting), waiting)
+        return Progress(ended, len(points) - len(ended) - len(waiting), waiting, deaths)
 
     def work(
         self, progress: Progress, score: Callable[[Parameters], Ended], like: Parameters
@@ -354,6 +357,10 @@ def _has_worker(trial: optuna.trial.FrozenTrial) -> bool:
     return not trial.state.is_finished() and "worker" in trial.user_attrs
 
 
+def _has_died(trial: optuna.trial.FrozenTrial) -> bool:
+    return trial.state.is_finished() and not _has_ended(trial) and "left" not in trial.user_attrs
+
+
 def _is_taken(trial: optuna.trial.FrozenTrial) -> bool:
     return _has_ended(trial) or _has_worker(trial)
 
@@ -369,7 +376,7 @@ def _known(parameters: Parameters, twins: Sequence[optuna.trial.FrozenTrial]) ->
     for twin in twins:
         if _has_ended(twin):
             return _end_of(twin)
-    died = sum(twin.state.is_finished() and "left" not in twin.user_attrs for twin in twins)
+    died = sum(map(_has_died, twins))
     if died >= ATTEMPTS:
         return Ended(parameters, None, error=f"the worker died at this point, {died} times")
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -17,9 +18,11 @@ from dataclasses import asdict, replace
 from typing import IO
 
 from surgery.errors import BadSettings, SurgeryError
+from surgery.files.digests import file_sha256
 from surgery.measure.tasks import TaskScorer
 from surgery.patient.locating import find_emergence
 from surgery.patient.patient import Patient
+from surgery.settings import Settings
 from surgery.sweeping.plan import SCORES, Plan
 from surgery.sweeping.queue import Ended, Parameters, Progress, SharedStudy, database_errors
 
@@ -90,15 +93,20 @@ def _work(plan: Plan, patient: Patient, shared: SharedStudy, watch: Watch) -> No
 
     layer = _emergence_layer(plan, patient, shared)
     scorer = Scorer(patient, layer, plan.common, plan.text, _task_scorer(plan, patient, shared))
-    if shared.fact("sha256 of the parameters", scorer.parameters) != scorer.parameters:
+    weights = _weights(patient)
+    if shared.fact("sha256 of the weight files", weights) != weights:
         raise BadSettings(
             "The study was made with other weights than those of "
             f"{patient.checkpoint.origin.name} here; give another --output, or another --study."
         )
 
+    def settings(parameters: Parameters) -> Settings:
+        return plan.point(parameters).settings(plan.common)
+
     def score(parameters: Parameters) -> Ended:
+        others = [settings(one) for one in _companions(progress, parameters)]
         try:
-            figures = asdict(scorer.score(plan.point(parameters).settings(plan.common)))
+            figures = asdict(scorer.score(settings(parameters), others))
         except Touched:
             raise
         except SurgeryError as error:
@@ -115,10 +123,34 @@ def _work(plan: Plan, patient: Patient, shared: SharedStudy, watch: Watch) -> No
         if not progress.waiting:
             time.sleep(_LOOK)  # the points that are left are with other workers
             continue
-        mask = {name: value for name, value in last.items() if name != "fold"}
-        last = shared.work(progress, score, mask)
+        last = shared.work(progress, score, _mask_of(last))
     watch(progress)
     scorer.require_untouched()
+
+
+def _mask_of(parameters: Parameters) -> Parameters:
+    return {name: value for name, value in parameters.items() if name != "fold"}
+
+
+def _companions(progress: Progress, parameters: Parameters) -> list[Parameters]:
+    """Points that are scored together with this one, those of the same mask first.
+
+    All that wait; those of the same mask where other workers want the rest; none after a worker
+    has died, as it must be seen which point kills them.
+    """
+    if progress.deaths:
+        return []
+    waiting = [one for one in progress.waiting if one and one != parameters]
+    near = [one for one in waiting if _mask_of(one) == _mask_of(parameters)]
+    return near if progress.running else [*near, *(one for one in waiting if one not in near)]
+
+
+def _weights(patient: Patient) -> str:
+    """sha256 over the weight files, which other workers must have too."""
+    checkpoint, digest = patient.checkpoint, hashlib.sha256()
+    for name in sorted(checkpoint.weight_files):
+        digest.update(file_sha256(checkpoint.folder / name).encode())
+    return digest.hexdigest()
 
 
 def _emergence_layer(plan: Plan, patient: Patient, shared: SharedStudy) -> int:

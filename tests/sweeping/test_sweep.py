@@ -119,11 +119,10 @@ def test_figures_are_those_of_the_gate(
 def test_memory_changes_no_figure(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: tuple[float, ...]
 ) -> None:
-    """What is kept in memory, and what is computed again where there is no room, are the same."""
-    monkeypatch.setattr("surgery.measure.logits.LOGITS_BUDGET", 200_000)  # several batches
+    """Points side by side, and one after another where there is no room, are the same."""
 
     def figures(room: int) -> dict[Any, dict[str, Any]]:
-        monkeypatch.setattr(scoring, "KEPT_NUMBERS", room)
+        monkeypatch.setattr(scoring, "STREAMS_BYTES", room)
         options = {**FEW, "rates": rates, "scopes": ("first",)}
         found = surgery.sweep(model, output=tmp_path / str(room), **options)
         return {
@@ -131,9 +130,43 @@ def test_memory_changes_no_figure(
             for row in found.rows
         }
 
-    kept = figures(scoring.KEPT_NUMBERS)
-    assert len(kept) == 6 * len(rates)
-    assert figures(0) == kept
+    together = figures(scoring.STREAMS_BYTES)
+    assert len(together) == 6 * len(rates)
+    assert figures(0) == together
+
+
+def test_layer_by_layer_is_loaded(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**FEW, "rates": (0.3,), "selects": ("weight", "activation")}
+    loaded = surgery.sweep(model, output=tmp_path / "loaded", stream=False, **options)
+
+    def load(*_args: Any, **_options: Any) -> Any:
+        raise AssertionError("nothing is to be loaded whole")
+
+    monkeypatch.setattr("surgery.models.loading.load_model", load)
+    streamed = surgery.sweep(model, output=tmp_path / "streamed", stream=True, **options)
+    expected = {row.point: row.figures for row in loaded.rows}
+    assert len(expected) == 8
+    for row in streamed.rows:
+        known = expected[row.point]
+        assert row.figures is not None and known is not None
+        for name in ("perplexity", "against_base", "kl_from_reference", "kl_from_base"):
+            assert row.figures[name] == pytest.approx(known[name], rel=1e-3, abs=2e-6), name
+
+
+def test_points_go_side_by_side(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = scoring.travel, []
+
+    def travel(ground: Any, edits: Sequence[Any], *args: Any, **options: Any) -> Any:
+        seen.append(len(edits))
+        return real(ground, edits, *args, **options)
+
+    monkeypatch.setattr(scoring, "travel", travel)
+    surgery.sweep(model, output=tmp_path, **{**FEW, "rates": (0.3,), "selects": ("weight",)})
+    assert seen == [4]
 
 
 @pytest.fixture
@@ -262,10 +295,10 @@ def test_a_point_that_cannot_be_scored(
 ) -> None:
     real = scoring.Scorer.score
 
-    def score(self: scoring.Scorer, settings: Settings) -> scoring.Figures:
+    def score(self: scoring.Scorer, settings: Settings, *others: Any) -> scoring.Figures:
         if settings.fold == "sink":
             raise SurgeryError("no sink here")
-        return real(self, settings)
+        return real(self, settings, *others)
 
     monkeypatch.setattr(scoring.Scorer, "score", score)
     found = surgery.sweep(model, output=tmp_path, scopes=("first",), **FEW)
@@ -627,7 +660,7 @@ def deadly(
     folder.mkdir()
     real, dead = scoring.Scorer.score, folder / "dead"
 
-    def score(self: scoring.Scorer, settings: Settings) -> scoring.Figures:
+    def score(self: scoring.Scorer, settings: Settings, *others: Any) -> scoring.Figures:
         (folder / f"worker-{os.getpid()}").touch()
         until(lambda: len(list(folder.glob("worker-*"))) >= workers)
         asked[0] += 1
@@ -636,7 +669,7 @@ def deadly(
                 json.dump([getattr(settings, name) for name in ("rate", "scope", "fold")], file)
                 file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, settings)
+        return real(self, settings, *others)
 
     asked = [0]
     monkeypatch.setattr(scoring.Scorer, "score", score)
