@@ -13,7 +13,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import cache
@@ -150,7 +150,8 @@ def test_layer_by_layer_is_loaded(
     assert len(expected) == 8
     for row in streamed.rows:
         known = expected[row.point]
-        assert row.figures is not None and known is not None
+        assert row.figures is not None
+        assert known is not None
         for name in ("perplexity", "against_base", "kl_from_reference", "kl_from_base"):
             assert row.figures[name] == pytest.approx(known[name], rel=1e-3, abs=2e-6), name
 
