@@ -156,12 +156,16 @@ def put(folder: Path, output: Path) -> None:
         os.rename(folder, output)
     elif not _exchange(folder, output):
         old = output.with_name(f".{output.name}.{secrets.token_hex(4)}{_OLD}")
-        os.rename(output, old)
         try:
+            os.rename(output, old)
             os.rename(folder, output)
-        except OSError as error:
-            os.rename(old, output)
-            raise SurgeryError(f"{output} could not be replaced: {error.strerror}.") from error
+        except BaseException as error:  # an interruption, too: the name must not stay empty
+            if not os.path.lexists(output):
+                os.rename(old, output)
+            if isinstance(error, OSError):
+                words = f"{output} could not be replaced: {error.strerror}."
+                raise SurgeryError(words) from error
+            raise
         shutil.rmtree(old)
     _sync_folder(output.parent)
     _log.debug("%s is whole", output)

@@ -229,6 +229,10 @@ def _device(given: str | None, number: int) -> str | None:
 
 
 def _end_with_parent() -> None:
-    """The pipe closes when the parent ends, however it ends."""
-    sys.stdin.buffer.read()
+    """The pipe closes when the parent ends, however it ends.
+
+    It is read past Python's buffer, whose lock the interpreter wants when this process ends.
+    """
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
     os._exit(1)

@@ -28,6 +28,7 @@ from surgery.errors import BadCheckpoint, BadSettings, SurgeryError, Unsupported
 from surgery.files import descriptors, dtypes
 from surgery.files.checkpoint import Checkpoint
 from surgery.files.generated import CARD, FIGURE, MANIFEST, UNDO
+from surgery.files.staging import put
 from surgery.folds import edits as fold
 from surgery.folds.edits import Columns, Edit, Gain, RankOne, SinkDirection
 from surgery.folds.registry import make_edits
@@ -960,6 +961,35 @@ def test_a_written_tensor_that_is_wrong_is_noticed(
         surgery.convert(str(tiny()), layer=3, check=False, output=tmp_path / "out")
     assert error.value.exit_code == 5
     assert left_in(tmp_path) == set()
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("renamed", [1, 2])
+def test_an_interruption_between_two_names_leaves_one_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: int, after: bool
+) -> None:
+    """Where two names cannot be exchanged in one step, the earlier output comes back."""
+    monkeypatch.setattr("surgery.files.staging._exchange", lambda _one, _other: False)
+    new, output = tmp_path / "new", tmp_path / "out"
+    for folder in (new, output):
+        folder.mkdir()
+        (folder / "file").write_text(folder.name)
+    real, done = os.rename, []
+
+    def rename(one: Path, other: Path) -> None:
+        done.append(other)
+        if len(done) != renamed:
+            real(one, other)
+            return
+        if after:
+            real(one, other)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        put(new, output)
+    expected = "new" if renamed == 2 and after else "out"
+    assert (output / "file").read_text() == expected
 
 
 def test_failure_leaves_the_earlier_output(

@@ -370,6 +370,8 @@ def test_tasks_decide(model: str, tmp_path: Path, run, of: str) -> None:
     sampled = {"tasks": "wemask_piqa", "data": SHARED, "limit": 4, "batch_size": 4}
     # Half a model is too far off for `norm` to pass the gate of `convert`.
     options = {"layer": LAYER, "rates": (0.1, 0.3), "folds": "sink", "selects": "weight", **QUICK}
+    if of == "demo":  # with fewer its sink fold is refused
+        options["calibration_tokens"] = Settings.calibration_tokens
     made = run(
         *("sweep", base, *words_of({**options, "scopes": "all", "score": "tasks", **sampled})),
         *("-o", tmp_path / "out", "--convert-best", tmp_path / "best", "--json"),
@@ -678,7 +680,10 @@ def deadly(
 
 
 def require_one_died(url: str, dead: Path) -> None:
-    """Every point was completed, and the one at which a worker died was begun twice."""
+    """Every point was completed, and the one at which a worker died was begun again.
+
+    Two others may look at the same instant and both take it over; they find the same.
+    """
     # Without the trials that were left to another worker.
     trials = [trial for trial in load(url).trials if "left" not in trial.user_attrs]
     assert set(completed(url)) == {point_of(trial) for trial in trials}
@@ -686,7 +691,9 @@ def require_one_died(url: str, dead: Path) -> None:
     lost = json.loads(dead.read_text())
     found = [trial for trial in trials if [trial.params[name] for name in names] == lost]
     failed, complete = optuna.trial.TrialState.FAIL, optuna.trial.TrialState.COMPLETE
-    assert [trial.state for trial in found] == [failed, complete]
+    assert found[0].state == failed
+    assert {trial.state for trial in found[1:]} == {complete}
+    assert len({trial.value for trial in found[1:]}) == 1
     assert [trial.state for trial in trials].count(failed) == 1
 
 
