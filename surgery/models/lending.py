@@ -17,6 +17,7 @@ import torch
 
 from surgery.errors import Unsupported
 from surgery.files.checkpoint import Checkpoint
+from surgery.models.ahead import Ahead
 from surgery.models.anatomy import Anatomy
 from surgery.models.discovery import backbone, decoder_layers
 from surgery.models.ground import HeadBlock, word_blocks
@@ -37,6 +38,7 @@ class Lender:
         dtype: str = "float32",
         device: torch.device | None = None,
         trust_remote_code: bool = False,
+        ahead: bool | None = None,
     ) -> None:
         """Builds the model; reads nothing of it yet.
 
@@ -46,6 +48,8 @@ class Lender:
             dtype: to compute in.
             device: to compute on; the CPU where none is given.
             trust_remote_code: whether code that the checkpoint brings may run.
+            ahead: whether the next layer is read while one is entered, so that two are in memory;
+                by default on an accelerator, since on the CPU reading takes from computing.
 
         Raises:
             Unsupported: where transformers cannot build the model.
@@ -55,6 +59,8 @@ class Lender:
         width: torch.dtype = getattr(torch, dtype)
         self._model = skeleton(checkpoint, trust_remote_code, dtype=width)
         self._stored = StoredParameters(checkpoint, self._model, width, self._device)
+        ahead = self._device.type != "cpu" if ahead is None else ahead
+        self._ahead = Ahead(self._device) if ahead else None
         self._tokens = torch.empty(0, dtype=torch.long)  # those whose embedding rows are loaded
         embedding: Any = self._model.get_input_embeddings()
         embedding.register_forward_pre_hook(self._rows_of)
@@ -86,6 +92,8 @@ class Lender:
         Of the embedding, whose matrix is often the largest of all, only the rows of the tokens
         that occur are read.
         """
+        if self._ahead is not None:
+            self._ahead.drop()
         used = sorted({token for prompt in prompts for token in prompt})
         self._tokens = torch.tensor(used, device=self._device)
         embedding: Any = self._model.get_input_embeddings()
@@ -104,8 +112,8 @@ class Lender:
     @contextmanager
     def layer(self, index: int) -> Iterator[torch.nn.Module]:
         """A decoder layer with its parameters, which are freed afterwards."""
-        path = f"{self._anatomy.layers_path}.{index}"
-        self._lend(path)
+        path = self._path(index)
+        self._enter(index)
         try:
             yield self._model.get_submodule(path)
         finally:
@@ -136,6 +144,25 @@ class Lender:
         for begin, end in word_blocks(*shape):
             weight = self._stored.rows(name, range(begin, end), shape)
             yield HeadBlock(begin, end, weight, bias[begin:end] if bias is not None else None)
+
+    def _enter(self, index: int) -> None:
+        """Give a layer its parameters, and have the next one read meanwhile."""
+        values = self._ahead.take(index) if self._ahead is not None else None
+        for name, tensor in (values or self._values(self._path(index))).items():
+            self._put(name, tensor)
+        if self._ahead is not None and index + 1 < self._anatomy.depth:
+            following = self._path(index + 1)
+            self._ahead.begin(index + 1, lambda: self._values(following))
+
+    def _path(self, index: int) -> str:
+        return f"{self._anatomy.layers_path}.{index}"
+
+    def _values(self, path: str) -> dict[str, torch.Tensor]:
+        """The stored values of a module's parameters."""
+        return {
+            name: self._stored.values(name, tuple(parameter.shape))
+            for name, parameter in self._parameters(path)
+        }
 
     def _rows_of(self, _module: Any, args: tuple) -> tuple:
         """Token ids to the rows of the embedding that holds these tokens alone."""
@@ -179,7 +206,7 @@ class LentModel(Lender):
         with torch.inference_mode():
             self.prepare(prompts)
             for index, layer in enumerate(decoder_layers(self._model, self._anatomy)):
-                path = f"{self._anatomy.layers_path}.{index}"
+                path = self._path(index)
                 self._lend(path, lambda *parameter: not _is_matrix(*parameter))
                 layer.register_forward_pre_hook(lambda *_, path=path: self._lend(path, _is_matrix))
                 layer.register_forward_hook(lambda *_, path=path: self._take_back(path))
